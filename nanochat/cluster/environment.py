@@ -1,0 +1,20 @@
+"""What Ray reads from the environment, set before Ray is imported (it reads some of it at import)."""
+
+import os
+
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # a Ray of this user alone, also on a shared machine; the token is in ~/.ray/auth_token
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed after half a second, not two
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in workers
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def set_ray_environment() -> None:
+    """Set what the user has not set. Call it first thing in an entry point, before anything imports ray."""
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

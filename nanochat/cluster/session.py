@@ -1,0 +1,109 @@
+"""Joining or starting Ray, quietly, and a `map` that runs on it.
+
+A job on a laptop starts its own Ray on loopback, with more logical CPUs than cores so that data tasks never wait for
+training workers; under `ray job submit`, or with an address, it joins the cluster. Ray's own messages go to the log.
+"""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import psutil
+import ray
+import ray.data
+
+from nanochat.config.cluster import ClusterConfig
+from nanochat.errors import ClusterError
+from nanochat.run_context import RunContext
+
+LOCAL_MIN_CPUS = 4
+LOCAL_OBJECT_STORE_BYTES = 512 << 20
+
+
+@contextlib.contextmanager
+def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
+    """Join or start Ray for the time of the block; what Ray says goes to the local file `log_path`.
+
+    Entry points call `environment.set_ray_environment()` before they import this module.
+
+    Raises: ClusterError if the address does not answer.
+    """
+    os.makedirs(os.path.dirname(log_path) or ".", exist_ok=True)
+    handler = logging.FileHandler(log_path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.data", "ray.train")]
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address is None:
+            _start_local()
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, TimeoutError, ValueError) as err:
+        raise ClusterError(
+            f"address={address}: no Ray answers there ({err}). Start one, or leave the address out."
+        ) from err
+    for logger in loggers:
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        for logger in loggers:
+            logger.handlers[:] = []
+        handler.close()
+
+
+def _start_local() -> None:
+    memory = psutil.virtual_memory()
+    ray.init(
+        address="local",
+        num_cpus=max(LOCAL_MIN_CPUS, psutil.cpu_count() or 1),
+        object_store_memory=min(LOCAL_OBJECT_STORE_BYTES, memory.available // 4),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def session_logs() -> str:
+    """Return the folder of this node's Ray logs, workers' included."""
+    return (
+        os.path.join(ray.get_runtime_context().get_session_dir(), "logs")
+        if ray.is_initialized()
+        else tempfile.gettempdir()
+    )
+
+
+def ray_map(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Apply a function to every item in parallel tasks; results come in the items' order.
+
+    A task whose worker or node dies is run again, up to three times. Raises: what `fn` raised, as it was.
+    """
+    task = ray.remote(max_retries=3)(_apply)
+    function = ray.put(fn)
+    pending = [task.remote(function, item) for item in items]
+    try:
+        for reference in pending:
+            yield ray.get(reference)
+    except ray.exceptions.RayTaskError as err:
+        raise err.cause from None
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+
+
+def _apply(fn: Callable[[Any], Any], item: Any) -> Any:
+    return fn(item)
+
+
+def ray_context(progress: Callable[[str], None]) -> RunContext:
+    """Return the driver's run context: its `map` runs on the cluster."""
+    return RunContext(map=ray_map, progress=progress)

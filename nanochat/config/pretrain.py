@@ -1,0 +1,113 @@
+"""How a base model is trained: the depth dial and everything that can override it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat.config.identity import Identity
+from nanochat.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One dial, `depth`, sets width, heads, batch, learning rates, weight decay and horizon; each can be overridden."""
+
+    depth: Identity[int] = 12
+    """Transformer blocks; everything not given below follows from it (nanochat/model/scaling.py)."""
+    architecture: Identity[Literal["nanochat", "stock"]] = "nanochat"
+    """nanochat = every part on; stock = transformers' NanoChatForCausalLM."""
+    head_dim: Identity[int] = 128
+    """Channels of a head."""
+    n_embd: Identity[int | None] = None
+    """Width; none = 64 a layer, in whole heads."""
+    n_kv_head: Identity[int | None] = None
+    """Key and value heads; none = as many as query heads."""
+    window_pattern: Identity[str | None] = None
+    """Attention reach of the layers, S = a quarter row, L = the whole; none = SSSL (stock: L)."""
+    value_embeddings: Identity[bool | None] = None
+    """Value embeddings; none = as the architecture has it."""
+    residual_scalars: Identity[bool | None] = None
+    """Residual and first-embedding scalars; none = as the architecture has it."""
+    backout: Identity[bool | None] = None
+    """Subtract the middle layer at the end; none = as the architecture has it."""
+    smear: Identity[bool | None] = None
+    """Mix in the previous token's embedding; none = off."""
+    document_masking: Identity[bool] = False
+    """Hide the other documents of a packed row."""
+
+    tokens_per_parameter: Identity[float] = 12.0
+    """Horizon: training tokens per matrix and head parameter."""
+    num_steps: Identity[int | None] = None
+    """Steps; none = from the horizon."""
+    global_batch_tokens: Identity[int | None] = None
+    """Tokens of a step over all workers; none = from the horizon."""
+    matrix_lr: Identity[float] = 0.02
+    """Muon's learning rate at the reference batch."""
+    embedding_lr: Identity[float] = 0.3
+    """AdamW's learning rate of the token embedding at width 768 and the reference batch."""
+    unembedding_lr: Identity[float] = 0.008
+    """AdamW's learning rate of the head at width 768 and the reference batch."""
+    scalar_lr: Identity[float] = 0.5
+    """AdamW's learning rate of the scalars at the reference batch."""
+    weight_decay: Identity[float] = 0.28
+    """Muon's weight decay at the reference batch and horizon."""
+    lr_batch_tokens: Identity[int | None] = None
+    """Scale learning rates and weight decay as for this batch; none = for the batch used."""
+    warmup_steps: Identity[int] = 40
+    """Steps of linear warm-up."""
+    warmdown_fraction: Identity[float] = 0.65
+    """Share of the steps in which the learning rate falls linearly."""
+    final_lr_factor: Identity[float] = 0.05
+    """The learning rate at the end, as a share of its peak."""
+    seed: Identity[int] = 0
+    """Seed of initialisation and row order."""
+
+    dtype: Identity[Literal["auto", "bfloat16", "float32"]] = "auto"
+    """Compute dtype; auto = bfloat16 where the hardware multiplies it, else float32."""
+    fp8: Identity[bool] = False
+    """Multiply linear layers in FP8 (torchao, Hopper or newer only)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto = where a C++ compiler or CUDA is there."""
+    micro_batch_rows: int | None = None
+    """Rows of one forward and backward pass on a worker; none = from free memory. The global batch stays."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: a third more time, far less memory."""
+
+    evaluate_every: int = 250
+    """Steps between validations; 0 = only at the end."""
+    validation_tokens: Identity[int] = 80 * 2**19
+    """Validate on at most this many tokens, the first of the validation split."""
+    sample_every: int = 1000
+    """Steps between samples; 0 = only at the end."""
+    sample_tokens: int = 48
+    """New tokens of a sample."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints kept beside the one being written."""
+    log_every: int = 10
+    """Steps between records in metrics.jsonl."""
+    log_row_ids: bool = False
+    """Write the row ids of every step to rows_RR.jsonl, to prove which rows were trained on."""
+    wandb: bool = False
+    """Log to Weights & Biases as well (needs the extra `wandb`; WANDB_MODE=offline works)."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value}: must be at least {least}."
+            for name, least in (
+                ("depth", 1), ("head_dim", 2), ("n_embd", 1), ("n_kv_head", 1), ("num_steps", 1),
+                ("global_batch_tokens", 1), ("lr_batch_tokens", 1), ("warmup_steps", 0), ("micro_batch_rows", 1),
+                ("evaluate_every", 0), ("sample_every", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1),
+                ("log_every", 1), ("validation_tokens", 1), ("sample_tokens", 1), ("seed", 0),
+            )
+            if (value := getattr(self, name)) is not None and value < least
+        ]  # fmt: skip
+        problems += [
+            f"{name}={getattr(self, name)}: must lie in [0, 1]."
+            for name in ("warmdown_fraction", "final_lr_factor")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        if self.tokens_per_parameter <= 0:
+            problems.append(f"tokens_per_parameter={self.tokens_per_parameter}: must be positive. 12 is a good value.")
+        if problems:
+            raise ConfigError(" ".join(problems))

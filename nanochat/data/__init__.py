@@ -1,0 +1,1 @@
+"""Raw text to the rows of a training step."""

@@ -1,0 +1,40 @@
+"""Every error that a user can cause, as one tree.
+
+NanochatError
+  ConfigError          a field's value breaks a rule (also a ValueError, so that the command line shows it as usage)
+  DataError            text, shards or conversations that cannot be used
+  TokenizerMismatchError  two artifacts were made with different tokenizers
+  CheckpointError      a checkpoint or run directory that is missing, damaged or of another kind
+  TrainingDivergedError   the loss became NaN or infinite
+  ClusterError         Ray cannot give what was asked for, or a worker failed
+
+Messages are one line: `field=value: the rule. The remedy.`
+"""
+
+
+class NanochatError(Exception):
+    """An error whose message says all that a user needs; shown without a traceback."""
+
+
+class ConfigError(NanochatError, ValueError):
+    """A configuration field has a value that breaks its rule."""
+
+
+class DataError(NanochatError):
+    """Input data that cannot be used; the message names the file and, where there is one, the row group."""
+
+
+class TokenizerMismatchError(NanochatError):
+    """Artifacts that do not share one tokenizer."""
+
+
+class CheckpointError(NanochatError):
+    """A checkpoint or run directory that is missing, damaged or made for something else."""
+
+
+class TrainingDivergedError(NanochatError):
+    """The training loss became NaN or infinite."""
+
+
+class ClusterError(NanochatError):
+    """Ray cannot give the resources that were asked for, or a worker failed."""

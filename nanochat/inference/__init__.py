@@ -1,0 +1,1 @@
+"""Checkpoint to text: KV cache and sampling."""

@@ -1,0 +1,49 @@
+"""What made an artifact: config.json of a stage, with every resolved value, versions and commit.
+
+Running the same command again resumes; other values of an identity field are refused with the difference shown.
+"""
+
+import dataclasses
+import importlib.metadata
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from nanochat import __version__, storage
+from nanochat.config.identity import identity_fields, refuse_other_identity
+
+PACKAGES = ("torch", "ray", "numpy", "pyarrow", "tiktoken", "rustbpe", "safetensors")
+
+
+def begin_stage(folder: str, configs: dict[str, Any], resolved: dict[str, Any] | None = None) -> None:
+    """Write `folder`/config.json from named config dataclasses, or check that the folder's has the same identity.
+
+    Raises: ConfigError naming each identity field that differs.
+    """
+    path = storage.join(folder, "config.json")
+    identity = {f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()}
+    if storage.exists(path):
+        refuse_other_identity(storage.read_json(path)["identity"], identity, folder)
+    record = {
+        "identity": identity,
+        "config": {name: dataclasses.asdict(config) for name, config in configs.items()},
+        "resolved": resolved or {},
+        "versions": {"nanochat": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit(),
+    }
+    storage.write_json(path, record)
+
+
+def commit() -> str | None:
+    """Return the git commit of this source tree, with `+` if it has changes; None outside git."""
+    folder = Path(__file__).parent.parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,38 @@
+"""Who a process is in a run, where it writes, and how work fans out: the one seam between stages and Ray.
+
+Every stage is `stage(config, run, inputs) -> artifact`. Alone in one process `RunContext()` is all it needs; under Ray
+`nanochat.cluster` fills in rank and world size, and a `map` that runs tasks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Map(Protocol):
+    """Apply a function to every item; results come in the items' order. Builtin map, or Ray tasks with retries."""
+
+    def __call__(self, fn: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One process's place in a run."""
+
+    rank: int = 0
+    """This worker's number among all."""
+    world_size: int = 1
+    """Workers that train together."""
+    local_rank: int = 0
+    """This worker's number on its node: which GPU."""
+    local_world_size: int = 1
+    """Workers on this node: what share of its cores."""
+    map: Map = field(default=map)
+    """How independent items are worked on."""
+    progress: Callable[[str], None] = field(default=lambda line: None)
+    """Shows a person one line about what is going on."""
+    report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
+    """Tells the trainer that this worker is alive and how far; every worker calls it equally often."""

@@ -1,0 +1,272 @@
+"""Where everything lies: run directories, atomic writes, checksums; local paths and URIs through fsspec.
+
+A reader never sees half a file: local files are written beside their place, flushed to disk and renamed; object stores
+publish an object only when its upload is complete. Every path of the project is built here.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from nanochat.errors import ConfigError
+
+READ_BLOCK_BYTES = 1 << 20
+
+
+def join(root: str, *parts: str) -> str:
+    """Join path parts below a local path or a URI."""
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def name_of(path: str) -> str:
+    """Return the last part of a path or URI."""
+    return PurePosixPath(path).name
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the filesystem of a path or URI and the path within it.
+
+    Raises: ConfigError if the URI's scheme needs a package that is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as err:
+        raise ConfigError(f"path={path}: its scheme has no reader here ({err}). Install that package.") from err
+
+
+def is_local(path: str) -> bool:
+    """Tell whether a path lies on this machine's filesystem."""
+    return isinstance(filesystem(path)[0], LocalFileSystem)
+
+
+def exists(path: str) -> bool:
+    """Tell whether a file or folder exists."""
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def size_bytes(path: str) -> int:
+    """Return a file's size."""
+    fs, inner = filesystem(path)
+    return int(fs.size(inner))
+
+
+def list_names(folder: str) -> list[str]:
+    """Return the sorted names in a folder; none if it does not exist."""
+    fs, inner = filesystem(folder)
+    if not fs.exists(inner):
+        return []
+    fs.invalidate_cache(inner)
+    return sorted(name_of(str(path)) for path in fs.ls(inner, detail=False))
+
+
+def make_folder(folder: str) -> None:
+    """Create a folder and its parents."""
+    fs, inner = filesystem(folder)
+    fs.makedirs(inner, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Delete a file or folder tree if it is there."""
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
+
+
+@contextlib.contextmanager
+def open_read(path: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading bytes."""
+    fs, inner = filesystem(path)
+    with fs.open(inner, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[IO[bytes]]:
+    """Open a file for writing bytes that appears under its name only when complete.
+
+    On an exception nothing appears and what was there before stays.
+    """
+    fs, inner = filesystem(path)
+    fs.makedirs(os.path.dirname(inner), exist_ok=True)
+    if not isinstance(fs, LocalFileSystem):
+        with fs.open(inner, "wb") as file:
+            try:
+                yield file
+            except BaseException:
+                file.discard()
+                raise
+        return
+    partial = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, inner)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a value as indented JSON, atomically; NaN and infinity are refused."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file."""
+    with open_read(path) as file:
+        return json.load(file)
+
+
+def append_jsonl(path: str, record: dict[str, Any]) -> None:
+    """Append one line to a JSONL file (object stores: rewritten whole, so keep such files small)."""
+    fs, inner = filesystem(path)
+    fs.makedirs(os.path.dirname(inner), exist_ok=True)
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    if isinstance(fs, LocalFileSystem):
+        with open(inner, "a", encoding="utf-8") as file:
+            file.write(line)
+        return
+    before = fs.cat_file(inner) if fs.exists(inner) else b""
+    with atomic_write(path) as remote:
+        remote.write(before + line.encode())
+
+
+def read_jsonl(path: str) -> list[dict[str, Any]]:
+    """Read a JSONL file; none if it does not exist. A last line cut by a crash is passed over."""
+    if not exists(path):
+        return []
+    with open_read(path) as file:
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            if line:
+                records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 2:
+                raise
+    return records
+
+
+def sha256_file(path: str) -> str:
+    """Return the SHA-256 of a file's bytes, hex."""
+    digest = hashlib.sha256()
+    with open_read(path) as file:
+        while block := file.read(READ_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON, hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def free_bytes(path: str) -> int | None:
+    """Return the free disk space where a local path lies or will lie; None for a URI."""
+    if not is_local(path):
+        return None
+    folder = os.path.abspath(filesystem(path)[1])
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's folder in a run directory."""
+
+    root: str
+
+    @property
+    def config(self) -> str:
+        """The resolved config with versions and commit."""
+        return join(self.root, "config.json")
+
+    @property
+    def metrics(self) -> str:
+        """One JSON line per logged step."""
+        return join(self.root, "metrics.jsonl")
+
+    @property
+    def samples(self) -> str:
+        """One JSON line per set of samples."""
+        return join(self.root, "samples.jsonl")
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of step_000123 folders."""
+        return join(self.root, "checkpoints")
+
+    @property
+    def stop(self) -> str:
+        """A file that asks the run to checkpoint and leave."""
+        return join(self.root, "stop")
+
+    @property
+    def stop_check_s(self) -> float:
+        """Seconds between looks at the stop file: often where a look is cheap."""
+        return 0.5 if is_local(self.root) else 10.0
+
+    @property
+    def log(self) -> str:
+        """Everything that is too long for the terminal."""
+        return join(self.root, "log.txt")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run directory `runs/NAME`: one folder per stage, and the pages for the whole line."""
+
+    root: str
+
+    @property
+    def text(self) -> str:
+        """Text shards that this run wrote or downloaded."""
+        return join(self.root, "text")
+
+    @property
+    def tokenizer(self) -> str:
+        """tokenizer.json and its report."""
+        return join(self.root, "tokenizer")
+
+    @property
+    def shards(self) -> str:
+        """Token shards and their manifest."""
+        return join(self.root, "shards")
+
+    @property
+    def pretrain(self) -> StageFolder:
+        """The base model's stage."""
+        return StageFolder(join(self.root, "pretrain"))
+
+    @property
+    def report(self) -> str:
+        """The page with curves, samples and machine."""
+        return join(self.root, "report.html")
+
+    @property
+    def walk(self) -> str:
+        """The page that follows one document."""
+        return join(self.root, "walk.html")
+
+    @property
+    def summary(self) -> str:
+        """Scores for programs to read."""
+        return join(self.root, "summary.json")

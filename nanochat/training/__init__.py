@@ -1,0 +1,1 @@
+"""Loss to checkpoints: schedules, one optimiser step, the pretraining loop, metrics."""

@@ -1,0 +1,222 @@
+"""A training state to files and back: written in the background, verified by checksums, loadable on any number of workers.
+
+`checkpoints/step_000123/` holds model.safetensors and state.json (worker 0), optimizer_RR_of_WW.safetensors (every worker
+its own pieces), and checksums_RR_of_WW.json, which each worker writes after its files. The checkpoint exists if and only
+if the checksum files of all workers are there and verify: this is the only source of truth, so a kill at any moment
+leaves either a whole checkpoint or one that is passed over. Saving copies the tensors and returns; a thread writes.
+
+Not covered: sharded model weights (every worker has them all).
+"""
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nanochat import storage
+from nanochat.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_STEP_FOLDER = re.compile(r"step_(\d{6,})$")
+
+
+def step_folder(checkpoints: str, step: int) -> str:
+    """Return the folder of a step's checkpoint."""
+    return storage.join(checkpoints, f"step_{step:06d}")
+
+
+def steps_found(checkpoints: str) -> list[int]:
+    """Return the steps that have a folder, complete or not, oldest first."""
+    matches = (_STEP_FOLDER.search(name) for name in storage.list_names(checkpoints))
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def problem_with(folder: str, verify: bool = True) -> str | None:
+    """Return why a folder is no complete checkpoint, or None; `verify` reads every byte, else only names are checked."""
+    names = set(storage.list_names(folder))
+    if "state.json" not in names:
+        return "state.json is missing"
+    try:
+        world_size = int(storage.read_json(storage.join(folder, "state.json"))["world_size"])
+        for rank in range(world_size):
+            checksums = f"checksums_{rank:02d}_of_{world_size:02d}.json"
+            if checksums not in names:
+                return f"{checksums} is missing"
+            for name, sha256 in storage.read_json(storage.join(folder, checksums)).items():
+                if name not in names:
+                    return f"{name} is missing"
+                if verify and storage.sha256_file(storage.join(folder, name)) != sha256:
+                    return f"{name} is damaged: its checksum differs"
+    except (ValueError, KeyError, TypeError) as err:
+        return f"its JSON is damaged ({err})"
+    return None
+
+
+def newest_checkpoint(checkpoints: str, passed_over: Callable[[str], None]) -> int | None:
+    """Return the step of the newest checkpoint that verifies; `passed_over` is told each newer one and why."""
+    for step in reversed(steps_found(checkpoints)):
+        folder = step_folder(checkpoints, step)
+        problem = problem_with(folder)
+        if problem is None:
+            return step
+        passed_over(f"checkpoint {folder} is passed over: {problem}")
+    return None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on storage."""
+
+    folder: str
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What state.json holds: step, position, hashes, model config, loop state.
+
+        Raises: CheckpointError if there is none or its format is another.
+        """
+        path = storage.join(self.folder, "state.json")
+        if not storage.exists(path):
+            raise CheckpointError(f"checkpoint={self.folder}: has no state.json. Name a complete step_ folder.")
+        state = storage.read_json(path)
+        if state.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint={self.folder}: has format {state.get('format_version')}, this code reads {FORMAT_VERSION}. "
+                "Use the version of the code that wrote it."
+            )
+        return state
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters by name, on CPU."""
+        return _load_file(storage.join(self.folder, "model.safetensors"))
+
+    def optimizer_tensors(self, wanted: dict[str, Tensor]) -> None:
+        """Fill optimiser state `PARAMETER/KIND/LO/HI` in place from the pieces of all workers that wrote it."""
+        world_size = int(self.state["world_size"])
+        filled = dict.fromkeys(wanted, 0)
+        for rank in range(world_size):
+            pieces = _load_file(storage.join(self.folder, f"optimizer_{rank:02d}_of_{world_size:02d}.safetensors"))
+            for key, piece in pieces.items():
+                name, kind, lo, hi = _parse(key)
+                for target, tensor in wanted.items():
+                    target_name, target_kind, target_lo, target_hi = _parse(target)
+                    first, last = max(lo, target_lo), min(hi, target_hi)
+                    if (name, kind) == (target_name, target_kind) and first < last:
+                        tensor[first - target_lo : last - target_lo].copy_(piece[first - lo : last - lo])
+                        filled[target] += last - first
+        for target, rows in filled.items():
+            if rows != wanted[target].shape[0]:
+                raise CheckpointError(
+                    f"checkpoint={self.folder}: lacks optimiser state {target}. Use another checkpoint."
+                )
+
+
+class CheckpointWriter:
+    """Writes one worker's part of checkpoints in the background, one at a time."""
+
+    def __init__(self, checkpoints: str, rank: int, world_size: int, keep: int) -> None:
+        self.checkpoints, self.rank, self.world_size, self.keep = checkpoints, rank, world_size, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy this worker's tensors and write them in a thread; waits for the previous write first.
+
+        Raises: whatever the previous write failed with.
+        """
+        self.wait()
+        model_copy = _copy(model) if self.rank == 0 else {}
+        arguments = (step, model_copy, _copy(optimizer), state)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises: what the write failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            self._write(step, model, optimizer, state)
+            if self.rank == 0:
+                self._prune(step)
+        except BaseException as err:  # handed to the training thread by wait()
+            self._error = err
+
+    def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        folder = step_folder(self.checkpoints, step)
+        part = f"{self.rank:02d}_of_{self.world_size:02d}"
+        names = [f"optimizer_{part}.safetensors"]
+        _save_file(storage.join(folder, names[0]), optimizer)
+        if self.rank == 0:
+            names += ["model.safetensors", "state.json"]
+            _save_file(storage.join(folder, "model.safetensors"), model)
+            stamped = {"format_version": FORMAT_VERSION, "world_size": self.world_size, "step": step} | state
+            storage.write_json(storage.join(folder, "state.json"), stamped)
+        checksums = {name: storage.sha256_file(storage.join(folder, name)) for name in names}
+        storage.write_json(storage.join(folder, f"checksums_{part}.json"), checksums)
+
+    def _prune(self, newest: int) -> None:
+        """Delete all but the newest `keep` complete checkpoints before `newest`, and what crashes left behind."""
+        older = [step for step in steps_found(self.checkpoints) if step < newest]
+        complete = [step for step in older if problem_with(step_folder(self.checkpoints, step), verify=False) is None]
+        for step in set(older) - set(complete[-self.keep :]):
+            folder = step_folder(self.checkpoints, step)
+            for name in storage.list_names(folder):
+                if name.startswith("checksums_"):
+                    storage.remove(storage.join(folder, name))
+            storage.remove(folder)
+
+
+def _parse(key: str) -> tuple[str, str, int, int]:
+    name, kind, lo, hi = key.rsplit("/", 3)
+    return name, kind, int(lo), int(hi)
+
+
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _save_file(path: str, tensors: dict[str, Tensor]) -> None:
+    with storage.atomic_write(path) as file:
+        file.write(save(tensors))
+
+
+def _load_file(path: str) -> dict[str, Tensor]:
+    if storage.is_local(path):
+        try:
+            with safe_open(storage.filesystem(path)[1], framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, FileNotFoundError) as err:
+            raise CheckpointError(f"checkpoint={path}: cannot be read ({err}). Use another checkpoint.") from err
+    from safetensors.torch import load
+
+    with storage.open_read(path) as remote:
+        return load(remote.read())
+
+
+def load_parameters(model: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy parameters into a model. Raises: CheckpointError naming what is missing, unexpected or of another shape."""
+    parameters = dict(model.named_parameters())
+    wrong = sorted(
+        name
+        for name in parameters.keys() | tensors.keys()
+        if name not in parameters or name not in tensors or parameters[name].shape != tensors[name].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint={source}: does not fit the model in {', '.join(wrong[:5])}. Check its config."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,131 @@
+"""Steps to numbers that a person and a program can read: metrics.jsonl, samples.jsonl, Weights & Biases, a progress line."""
+
+import json
+import time
+from typing import Any
+
+from nanochat import storage
+from nanochat.errors import ConfigError
+from nanochat.storage import StageFolder
+from nanochat.training.hardware import Hardware
+from nanochat.training.plan import Plan
+
+
+class StepClock:
+    """Measures training time: steps and the waits for their data, not evaluations or checkpoints."""
+
+    def __init__(self, plan: Plan, hardware: Hardware) -> None:
+        self.plan, self.hardware = plan, hardware
+        self.training_s = 0.0
+        """Seconds spent on training steps over the whole run, resumes included."""
+        self.waited_s = 0.0
+        """Seconds blocked on the next rows since the last lap."""
+        self._lap_s, self._lap_steps = 0.0, 0
+        self._mark_s = self._checked_s = time.perf_counter()
+
+    def start(self, step: int) -> None:
+        """Begin to measure."""
+        self.waited_s = 0.0
+        self.skip()
+
+    def skip(self) -> None:
+        """Leave out the time since the last mark."""
+        self._mark_s = time.perf_counter()
+
+    def step_done(self) -> None:
+        """Count the time since the last mark as one step."""
+        now_s = time.perf_counter()
+        self._lap_s += now_s - self._mark_s
+        self.training_s += now_s - self._mark_s
+        self._lap_steps += 1
+        self._mark_s = now_s
+
+    def every(self, seconds: float) -> bool:
+        """Tell whether this many seconds have passed since this last said so."""
+        now_s = time.perf_counter()
+        if now_s - self._checked_s < seconds:
+            return False
+        self._checked_s = now_s
+        return True
+
+    def lap(self, step: int) -> dict[str, float | None]:
+        """Return the rates since the last lap and start a new one; `step` is the one just done."""
+        tokens_per_s = self._lap_steps * self.plan.tokens_per_step / self._lap_s
+        flops_per_s = tokens_per_s * self.plan.flops_per_token
+        peak = self.hardware.peak_flops
+        record = {
+            "tokens": (step + 1) * self.plan.tokens_per_step,
+            "step_s": self._lap_s / self._lap_steps,
+            "tokens_per_s": tokens_per_s,
+            "flops_per_s": flops_per_s,
+            "mfu": flops_per_s / peak if peak else None,
+            "data_wait_s": self.waited_s,
+            "data_wait_share": self.waited_s / self._lap_s,
+            "training_s": self.training_s,
+            "eta_s": (self.plan.num_steps - step - 1) * self._lap_s / self._lap_steps,
+            "peak_memory_bytes": self.hardware.peak_memory_bytes(),
+            "time": time.time(),
+        }
+        self._lap_s, self._lap_steps, self.waited_s = 0.0, 0, 0.0
+        return record
+
+
+class MetricsWriter:
+    """Writes a stage's records; on workers other than the first it does nothing."""
+
+    def __init__(self, folder: StageFolder, *, enabled: bool, wandb: bool, config: dict[str, Any]) -> None:
+        self.folder, self.enabled = folder, enabled
+        self._wandb = _start_wandb(folder, config) if wandb and enabled else None
+
+    def begin(self, step: int) -> None:
+        """Drop records of `step` and later, which a killed attempt left and this one makes again."""
+        if not self.enabled:
+            return
+        for path in (self.folder.metrics, self.folder.samples):
+            before = storage.read_jsonl(path)
+            kept = [record for record in before if record["step"] < step]
+            if len(kept) < len(before):
+                with storage.atomic_write(path) as file:
+                    file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        if self.enabled:
+            storage.append_jsonl(self.folder.metrics, record)
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+
+    def write_samples(self, step: int, samples: dict[str, str]) -> None:
+        """Append the completions of the fixed prompts."""
+        if self.enabled:
+            storage.append_jsonl(self.folder.samples, {"step": step, "samples": samples})
+
+    def close(self) -> None:
+        """End the Weights & Biases run, if there is one."""
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(folder: StageFolder, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as err:
+        raise ConfigError("wandb=True: the package is not installed. Run: pip install wandb") from err
+    run_id = storage.sha256_json(folder.root)[:16]
+    local = storage.filesystem(folder.root)[1] if storage.is_local(folder.root) else None
+    return wandb.init(project="nanochat", id=run_id, resume="allow", config=config, dir=local)
+
+
+def progress_line(record: dict[str, Any], num_steps: int, val_bpb: float | None) -> str:
+    """Return one line for the terminal from a metrics record with a loss."""
+    speed = f"{record['tokens_per_s']:,.0f} tok/s"
+    if record["mfu"] is not None:
+        speed += f", {record['mfu']:.1%} MFU"
+    else:
+        speed += f", {record['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+    bpb = f"{val_bpb:.3f}" if val_bpb is not None else "-"
+    eta_s = round(record["eta_s"])
+    return (
+        f"step {record['step'] + 1:>5}/{num_steps}  loss {record['loss']:.3f}  val bpb {bpb}  {speed}  "
+        f"data wait {record['data_wait_share']:.1%}  left {eta_s // 60}:{eta_s % 60:02d}"
+    )

@@ -1,0 +1,124 @@
+"""A pretraining config to what will be trained: model shape, batch, horizon, learning-rate factors, micro-batch.
+
+Pure functions over numbers; the rules themselves are in nanochat/model/scaling.py.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nanochat.config.model import ModelConfig, stock
+from nanochat.config.pretrain import PretrainConfig
+from nanochat.errors import ConfigError
+from nanochat.model import scaling
+
+MAX_MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16, "mps": 1 << 14}
+"""Larger micro-batches are no faster: measured on CPU (2 cores, 2026-11-22), nanochat's 32 x 2,048 on H100."""
+USABLE_MEMORY = 0.8
+"""Share of the free memory that the micro-batch may be planned for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run trains, resolved."""
+
+    model: ModelConfig
+    num_steps: int
+    rows_per_step: int
+    """Rows of the global batch."""
+    lr_factor: float
+    """What the batch multiplies learning rates by."""
+    weight_decay: float
+    """Muon's weight decay at the first step."""
+    flops_per_token: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of the global batch."""
+        return self.rows_per_step * self.model.sequence_len
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan for config.json."""
+        return asdict(self) | {"parameters": scaling.parameter_counts(self.model)}
+
+
+def resolve_model(config: PretrainConfig, vocab_size: int, sequence_len: int) -> ModelConfig:
+    """Return the model that the dial and its overrides describe."""
+    n_embd, n_head = scaling.model_shape(config.depth, config.head_dim)
+    if config.n_embd is not None:
+        if config.n_embd % config.head_dim:
+            raise ConfigError(
+                f"n_embd={config.n_embd}: must be a multiple of head_dim={config.head_dim}. Change one of them."
+            )
+        n_embd, n_head = config.n_embd, config.n_embd // config.head_dim
+    model = ModelConfig(
+        sequence_len=sequence_len, vocab_size=vocab_size, n_layer=config.depth, n_head=n_head,
+        n_kv_head=config.n_kv_head or n_head, n_embd=n_embd,
+    )  # fmt: skip
+    if config.architecture == "stock":
+        model = stock(model)
+    given = {
+        name: value
+        for name in ("window_pattern", "value_embeddings", "residual_scalars", "backout", "smear")
+        if (value := getattr(config, name)) is not None
+    }
+    return replace(model, **given)
+
+
+def resolve(config: PretrainConfig, vocab_size: int, sequence_len: int) -> Plan:
+    """Return the whole plan. Raises: ConfigError if the batch is no whole number of rows."""
+    model = resolve_model(config, vocab_size, sequence_len)
+    tokens = scaling.horizon_tokens(model, config.tokens_per_parameter)
+    at_reference = scaling.reference_tokens(model, config.tokens_per_parameter)
+    batch = config.global_batch_tokens or max(scaling.batch_tokens(tokens, at_reference), sequence_len)
+    if batch % sequence_len:
+        raise ConfigError(
+            f"global_batch_tokens={batch}: must be a multiple of the row's {sequence_len} tokens. "
+            f"{max(1, batch // sequence_len) * sequence_len} is one."
+        )
+    lr_batch = config.lr_batch_tokens or batch
+    return Plan(
+        model=model,
+        num_steps=config.num_steps or max(1, tokens // batch),
+        rows_per_step=batch // sequence_len,
+        lr_factor=scaling.batch_lr_factor(lr_batch),
+        weight_decay=scaling.scaled_weight_decay(config.weight_decay, lr_batch, tokens, at_reference),
+        flops_per_token=scaling.flops_per_token(model, sequence_len),
+    )
+
+
+def fixed_bytes(model: ModelConfig, world_size: int) -> int:
+    """Return the memory of float32 weights, gradients and this worker's share of two optimiser moments."""
+    return scaling.parameter_counts(model)["total"] * (8 + -(-8 // world_size))
+
+
+def activation_bytes_per_row(model: ModelConfig, *, dtype_bytes: int, keeps_scores: bool, recompute: bool) -> int:
+    """Return what one row holds between forward and backward.
+
+    A layer keeps 18 tensors of width n_embd (stream, norms, q, k, v and their rotations, attention output, two of the
+    MLP's 4x width) and, without FlashAttention, the weights of the keys each query sees. Recomputing keeps one.
+    """
+    tokens = model.sequence_len
+    per_layer = 18 * model.n_embd * tokens * dtype_bytes
+    layers = 0
+    largest = 0
+    for window in model.windows:
+        scores = model.n_head * tokens * min(window, tokens) * dtype_bytes if keeps_scores else 0
+        layer = per_layer + scores
+        layers += model.n_embd * tokens * dtype_bytes if recompute else layer
+        largest = max(largest, layer)
+    return layers + (largest if recompute else 0) + 4 * model.n_embd * tokens * 4
+
+
+def micro_batch_rows(
+    config: PretrainConfig, plan: Plan, *, rows: int, device: str, dtype_bytes: int, free_bytes: int, world_size: int
+) -> int:
+    """Return how many of a worker's `rows` to run at once: as given, else as free memory allows."""
+    if config.micro_batch_rows is not None:
+        return min(config.micro_batch_rows, rows)
+    per_row = activation_bytes_per_row(
+        plan.model, dtype_bytes=dtype_bytes, keeps_scores=device != "cuda", recompute=config.recompute
+    )
+    usable = USABLE_MEMORY * free_bytes - fixed_bytes(plan.model, world_size)
+    by_memory = int(usable // per_row)
+    by_speed = MAX_MICRO_BATCH_TOKENS[device] // plan.model.sequence_len
+    return max(1, min(rows, by_memory, by_speed))

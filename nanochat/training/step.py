@@ -1,0 +1,76 @@
+"""Rows of a step to one update: micro-batches, gradient accumulation, reduction, optimiser.
+
+The loss is the mean over the tokens of the global batch: each micro-batch adds its sum of nats divided by the global
+count, so neither micro-batches nor workers change it. Shapes: B rows, T positions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.model.gpt import GPT
+from nanochat.model.optimizer import MuonAdamW, StepSchedule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step says, the same on every worker."""
+
+    loss: float
+    """Mean nats per token over the global batch, before the update."""
+    stop_requested: bool
+    """Whether any worker asked to stop."""
+
+
+def split_rows(rows_BT1: np.ndarray, micro_batch_rows: int) -> list[np.ndarray]:
+    """Cut rows into micro-batches of equal size; `micro_batch_rows` is a bound, the largest divisor below it is used."""
+    size = max(d for d in range(1, min(micro_batch_rows, len(rows_BT1)) + 1) if len(rows_BT1) % d == 0)
+    return [rows_BT1[lo : lo + size] for lo in range(0, len(rows_BT1), size)]
+
+
+def document_numbers(tokens_BT: Tensor, bos: int) -> Tensor:
+    """Number the documents of each row: each BOS begins one."""
+    return (tokens_BT == bos).cumsum(dim=1)
+
+
+class TrainingStep:
+    """One worker's share of optimiser steps."""
+
+    def __init__(
+        self, model: GPT, optimizer: MuonAdamW, *, tokenizer: Tokenizer, document_masking: bool, micro_batch_rows: int
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.bos = tokenizer.bos
+        self.document_masking = document_masking
+        self.micro_batch_rows = micro_batch_rows
+        self.device = model.lm_head.weight.device
+
+    def backward(self, rows_BT1: np.ndarray, global_tokens: int) -> Tensor:
+        """Run forward and backward on one micro-batch; returns its share of the mean loss, a float32 scalar."""
+        tokens_BT1 = torch.from_numpy(rows_BT1.astype(np.int64)).to(self.device, non_blocking=True)
+        inputs_BT, targets_BT = tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous()
+        document_BT = document_numbers(inputs_BT, self.bos) if self.document_masking else None
+        loss = self.model.loss(inputs_BT, targets_BT, document_BT) / global_tokens
+        loss.backward()
+        return loss.detach()
+
+    def run(self, rows_BT1: np.ndarray, schedule: StepSchedule, stop_requested: bool = False) -> StepResult:
+        """Train on this worker's rows of one step; every worker calls it with equally many rows."""
+        world_size = self.optimizer.world_size
+        global_tokens = rows_BT1.shape[0] * (rows_BT1.shape[1] - 1) * world_size
+        micro_batches = split_rows(rows_BT1, self.micro_batch_rows)
+        total = torch.zeros((), device=self.device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            if number == len(micro_batches):
+                self.optimizer.reduce_in_backward()
+            total += self.backward(micro_batch, global_tokens)
+        self.optimizer.step(schedule)
+        shared = torch.stack([total, torch.tensor(float(stop_requested), device=self.device)])
+        if world_size > 1:
+            dist.all_reduce(shared)
+        loss, stops = shared.tolist()
+        return StepResult(loss, stops > 0)

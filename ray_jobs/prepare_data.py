@@ -1,0 +1,44 @@
+"""Raw text to token shards: fetch a corpus, train its tokenizer, pack rows. Run again, it does only what is missing."""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from nanochat.cluster.environment import set_ray_environment
+from nanochat.config.cluster import ClusterConfig
+from nanochat.config.corpus import CorpusConfig
+from nanochat.config.shards import ShardsConfig
+from nanochat.config.tokenizer import TokenizerConfig
+
+
+def prepare(
+    corpus: tyro.conf.OmitArgPrefixes[CorpusConfig],
+    tokenizer: tyro.conf.OmitArgPrefixes[TokenizerConfig],
+    shards: tyro.conf.OmitArgPrefixes[ShardsConfig],
+    cluster: tyro.conf.OmitArgPrefixes[ClusterConfig],
+    run_dir: str = "runs/base",
+    train_tokens: int | None = None,
+) -> int:
+    """Fetch a corpus, train its tokenizer and pack token shards.
+
+    Args:
+        run_dir: Run directory, a local path or URI.
+        train_tokens: Tokens that will be trained on: how many shards of fineweb-edu or climbmix are fetched.
+    """
+    set_ray_environment()
+    from nanochat.cluster.jobs import prepare_data
+    from nanochat.cluster.session import session
+    from nanochat.cluster.terminal import Terminal, run_job
+
+    log_path = str(Path("runs") / "ray.log")
+
+    def main() -> None:
+        with session(cluster, log_path):
+            prepare_data(run_dir, corpus, tokenizer, shards, train_tokens, Terminal())
+
+    return run_job(main, log_path)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(prepare))
