@@ -62,7 +62,7 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
     shards = TokenShards.load(folder.shards)
     tokenizer = Tokenizer.load(folder.tokenizer)
     plan = planning.resolve(config, tokenizer.vocab_size, shards.sequence_len)
-    begin_stage(folder.pretrain.root, {"pretrain": config}, plan.as_json() | {"shards": shards.hash})
+    begin_stage(folder.pretrain.root, {"pretrain": config}, plan.as_json() | {"shards": shards.manifest_hash})
     terminal.line(
         f"pretrain   {plan.as_json()['parameters']['total']:,} parameters, {plan.num_steps} steps of "
         f"{plan.tokens_per_step:,} tokens"

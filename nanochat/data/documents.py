@@ -182,10 +182,7 @@ def _parquet_values(path: str, column: str) -> Iterator[bytes | None]:
         for group in range(file.num_row_groups):
             try:
                 for batch in file.iter_batches(_batch_rows(file, group, column), [group], [column], use_threads=False):
-                    values = batch.column(0)
-                    if isinstance(values, pa.DictionaryArray):
-                        values = values.dictionary_decode()
-                    yield from values.cast(pa.large_binary()).to_pylist()
+                    yield from batch.column(0).cast(pa.large_binary()).to_pylist()
             except (pa.ArrowException, OSError) as err:
                 raise DataError(
                     f"corpus={path}: row group {group} cannot be read ({_one_line(err)}). {REPLACE}"

@@ -192,8 +192,6 @@ class _Transfer:
         try:
             self._check_status(response)
             size = _announced_size(response)
-            if size is not None and linked_size is not None and size != linked_size:
-                raise _AttemptError(f"the server announced {size} bytes of a file of {linked_size}")
             if size is None and linked_size is None:
                 raise _AttemptError("the server does not tell the file's size")
         except BaseException:

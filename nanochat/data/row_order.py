@@ -104,11 +104,8 @@ class RowReader:
         """
         shards, *_ = self._arguments
         rows = np.empty((count, shards.sequence_len + 1), shards.dtype)
-        reads = self.order.reads(first, count)
-        wanted, which = np.unique(reads[:, :2], axis=0, return_inverse=True)
-        for number, (shard, group) in enumerate(wanted.tolist()):
-            chosen = which == number
-            rows[chosen] = self._group(shard, group)[reads[chosen, 2]]
+        for place, (shard, group, row) in enumerate(self.order.reads(first, count).tolist()):
+            rows[place] = self._group(shard, group)[row]
         return rows
 
     def _group(self, shard: int, group: int) -> npt.NDArray[Any]:

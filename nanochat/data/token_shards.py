@@ -64,6 +64,8 @@ class TokenShard:
     source_bytes: int
     source_sha256: str
     rows: int
+    group_rows: int
+    """Rows of each row group; the last one may have fewer."""
     documents: int
     tokens: int
     """Tokens of the documents, BOS not counted."""
@@ -75,9 +77,9 @@ class TokenShard:
     size_bytes: int
     sha256: str
 
-    def group_rows(self) -> list[int]:
+    def group_sizes(self) -> list[int]:
         """Return the rows of each row group."""
-        return [min(ROW_GROUP_ROWS, self.rows - first) for first in range(0, self.rows, ROW_GROUP_ROWS)]
+        return [min(self.group_rows, self.rows - first) for first in range(0, self.rows, self.group_rows)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class TokenShards:
         return [
             (number, group, rows)
             for number, shard in enumerate(self.split(split))
-            for group, rows in enumerate(shard.group_rows())
+            for group, rows in enumerate(shard.group_sizes())
         ]
 
     def rows(self, split: Split) -> int:
@@ -145,7 +147,7 @@ class TokenShards:
 
     def _first_rows(self, split: Split, limit: int) -> Iterator[npt.NDArray[Any]]:
         for shard in self.split(split):
-            for group in range(len(shard.group_rows())):
+            for group in range(len(shard.group_sizes())):
                 if limit <= 0:
                     return
                 block = self.read_rows(shard, group)[:limit]
@@ -156,7 +158,8 @@ class TokenShards:
         """Open a shard for `read_group`. Raises: DataError if it is missing or damaged."""
         fs, path = storage.filesystem(storage.join(self.folder, shard.name))
         try:
-            return pq.ParquetFile(path, filesystem=fs)  # no memory map: a file cut short would kill the process
+            # Not as a memory map: a file that is cut short would kill the process.
+            return pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as err:
             raise _damaged(shard.name, str(err)) from err
 
@@ -206,7 +209,7 @@ def read_group(file: pq.ParquetFile, shard: TokenShard, group: int) -> npt.NDArr
     except (pa.ArrowException, OSError) as err:
         raise _damaged(shard.name, f"row group {group}: {err}") from err
     rows = column.flatten().to_numpy().reshape(len(column), -1)
-    if len(rows) != shard.group_rows()[group]:
+    if len(rows) != shard.group_sizes()[group]:
         raise _damaged(shard.name, f"row group {group} has {len(rows)} rows")
     return rows
 
@@ -313,6 +316,7 @@ def _pack(
         source_bytes=source.size_bytes,
         source_sha256=source_sha256,
         rows=packer.counts.rows,
+        group_rows=recipe.group_rows,
         documents=reads.documents,
         tokens=packer.counts.tokens,
         text_bytes=reads.text_bytes,
@@ -340,7 +344,14 @@ def _write_blocks(path: str, recipe: PackRecipe, blocks: Iterable[npt.NDArray[An
     schema = pa.schema([pa.field("tokens", row, nullable=False)])
     with (
         storage.atomic_write(path) as file,
-        pq.ParquetWriter(file, schema, compression="lz4", use_dictionary=False, write_statistics=False) as writer,
+        pq.ParquetWriter(
+            file,
+            schema,
+            compression="lz4",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        ) as writer,
     ):
         for block in blocks:
             assert block.max() < recipe.vocab_size, "the tokenizer gives ids of its vocabulary"

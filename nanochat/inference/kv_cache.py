@@ -71,7 +71,7 @@ class KVCache:
 
     def swap_previous_embedding(self, embedding_BTC: Tensor) -> Tensor:
         """Take this call's embeddings, of which `advance` keeps each row's last real one; return those kept before."""
-        self._embedding_BTC = embedding_BTC.detach()
+        self._embedding_BTC = embedding_BTC
         return self._previous_BC
 
     @torch.no_grad()

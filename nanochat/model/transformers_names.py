@@ -1,18 +1,20 @@
 """Our parameters to those of transformers' `NanoChatForCausalLM` and back, for models without the optional parts.
 
-The architectures agree, so a tensor changes its name and nothing else; the vocabulary keeps its padded rows.
+The architectures agree, so a tensor changes its name and nothing else, but for the rows that pad our vocabulary: they
+are untrained, and a program that knows nothing of them could sample their ids, so they stay here.
 Source: transformers 5, models/nanochat/modeling_nanochat.py.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.config.model import STOCK, ModelConfig
 from nanochat.errors import ConfigError
 
-TOP_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+VOCABULARY_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
 BLOCK_NAMES = {
     "attn.c_q": "self_attn.q_proj",
     "attn.c_k": "self_attn.k_proj",
@@ -38,29 +40,36 @@ def name_map(config: ModelConfig) -> dict[str, str]:
         for layer in range(config.n_layer)
         for ours, theirs in BLOCK_NAMES.items()
     }
-    return TOP_NAMES | blocks
+    return VOCABULARY_NAMES | blocks
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return our state dict under their names.
+    """Return our state dict under their names, without padding.
 
     Raises: ConfigError as `name_map`; KeyError if a parameter is missing.
     """
-    return {theirs: state[ours] for ours, theirs in name_map(config).items()}
+    return {
+        theirs: state[ours][: config.vocab_size] if ours in VOCABULARY_NAMES else state[ours]
+        for ours, theirs in name_map(config).items()
+    }
 
 
 def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return their state dict under our names.
+    """Return their state dict under our names, the vocabulary padded with zeros.
 
     Raises: ConfigError as `name_map`; KeyError if a parameter is missing.
     """
-    return {ours: state[theirs] for ours, theirs in name_map(config).items()}
+    padding = config.padded_vocab_size - config.vocab_size
+    return {
+        ours: F.pad(state[theirs], (0, 0, 0, padding)) if ours in VOCABULARY_NAMES else state[theirs]
+        for ours, theirs in name_map(config).items()
+    }
 
 
 def transformers_config(config: ModelConfig) -> dict[str, Any]:
     """Return the keyword arguments of `NanoChatConfig` for our config; token ids are the caller's to add."""
     return {
-        "vocab_size": config.padded_vocab_size,
+        "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": 4 * config.n_embd,
         "num_hidden_layers": config.n_layer,

@@ -7,6 +7,7 @@ Sources: the loop's parts are nanochat's (base_train.py@92d63d4); the recipe for
 """
 
 import gc
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from nanochat import storage
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.data.row_order import RowReader
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import TrainingDivergedError
@@ -66,6 +68,14 @@ class PretrainInputs:
     """This worker's rows, from the step that comes next on, without end or up to the last step."""
     folder: StageFolder
     """Where the run writes."""
+
+
+def local_stream(reader: RowReader, rows_per_step: int, first_step: int = 0) -> Iterator[StepRows]:
+    """Yield all rows of each step from `first_step` on, without end: the stream of a run in one process."""
+    for step in itertools.count(first_step):
+        first = step * rows_per_step
+        ids = reader.order.locate(first, rows_per_step)
+        yield StepRows(step, ids, reader.read(first, rows_per_step))
 
 
 def pretrain(config: PretrainConfig, run: RunContext, inputs: PretrainInputs) -> Checkpoint | None:
@@ -275,7 +285,7 @@ class _Pretraining:
             "plan": self.plan.as_json(),
             "model": asdict(self.plan.model),
             "tokenizer_hash": self.tokenizer.hash,
-            "manifest_hash": self.inputs.shards.hash,
+            "manifest_hash": self.inputs.shards.manifest_hash,
             "position": {"seed": self.config.seed, "next_step": step, "rows_per_step": self.plan.rows_per_step},
             "loop": {"val_bpb": self.val_bpb, "training_s": self.clock.training_s},
         }

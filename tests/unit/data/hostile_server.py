@@ -8,6 +8,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        owner, name = self.owner, self.path.removeprefix("/storage").lstrip("/")
+        owner, path = self.owner, urlsplit(self.path).path  # a proxy is sent whole URLs
+        name = path.removeprefix("/storage").lstrip("/")
         if name not in owner.files:
             return self._answer(404, {}, b"")
-        if owner.like_hugging_face and not self.path.startswith("/storage"):
+        if owner.like_hugging_face and not path.startswith("/storage"):
             content = owner.files[name]
             linked = {"X-Linked-Size": len(content), "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
             return self._answer(302, {"Location": f"/storage/{name}", **linked}, b"moved")

@@ -123,6 +123,13 @@ def test_uris(tmp_path, corpus):
     assert texts(prepared, "validation") == ["y.parquet"]
 
 
+def test_every_file_is_looked_at_through_the_run_s_map(tmp_path):
+    put(tmp_path / "in", "a.parquet", "b.jsonl")
+    mapped = []
+    prepare(tmp_path / "in", tmp_path, run=RunContext(map=lambda fn, items: map(fn, mapped.extend(items) or items)))
+    assert [Path(path).name for path in mapped] == ["a.parquet", "b.jsonl"]
+
+
 def test_max_bytes_keeps_whole_files_and_at_least_one(tmp_path):
     put(tmp_path / "in", *(f"{letter}.parquet" for letter in "abcdef"))
     size = os.path.getsize(tmp_path / "in" / "a.parquet")
@@ -231,6 +238,20 @@ def test_as_many_shards_as_the_horizon_needs_and_always_the_validation_shard(
     assert names(corpus, "validation") == ["shard_00007.parquet"]
     assert len(mirror.requests) == count + 1
     assert texts(corpus, "validation") == ["shard_00007.parquet", "x" * 5000]
+
+
+def test_workers_elsewhere_write_where_the_driver_said(mirror, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def from_elsewhere(fn, items):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        return map(fn, items)
+
+    config = CorpusConfig(corpus="climbmix", mirror=mirror.url)
+    corpus = prepare_corpus(config, RunContext(map=from_elsewhere), "run/text", 1)
+    assert corpus.shards[0].path == str(tmp_path / "run/text/climbmix/shard_00000.parquet")
+    assert os.path.exists(corpus.shards[0].path)
 
 
 def test_a_second_call_fetches_only_what_is_new(mirror, tmp_path):

@@ -65,6 +65,25 @@ def test_a_verified_file_is_not_asked_for_again(server, tmp_path):
     assert (tmp_path / "x").read_bytes() == CONTENT
 
 
+def test_another_url_is_another_file(server, tmp_path):
+    fetch(server, tmp_path / "x")
+    server.files["other"] = CONTENT[::-1]
+    download(f"{server.url}/other", str(tmp_path / "x"))
+    assert (tmp_path / "x").read_bytes() == CONTENT[::-1]
+
+
+def test_the_environment_s_proxy_is_used(server, tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    download("http://far.invalid/shard", str(tmp_path / "x"))
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert server.requests[0].path == "http://far.invalid/shard"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    fetch(server, tmp_path / "y")
+    assert server.requests[1].path == "/shard"
+
+
 def test_a_copied_file_is_adopted_only_if_the_checksum_fits(server, tmp_path):
     server.like_hugging_face = True
     (tmp_path / "x").write_bytes(CONTENT)

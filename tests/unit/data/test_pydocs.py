@@ -27,6 +27,7 @@ def silent(): return 1
 class Empty:
     def method(self):
         r"""Method \\d doc."""
+        def deep(): "Deep doc."
 '''
 
 
@@ -48,6 +49,9 @@ Later doc.
 
 Empty.method(self)
 Method \\\\d doc.
+
+Empty.method.deep()
+Deep doc.
 """
     assert pydocs.module_document("pkg.mod", SOURCE.encode()) == expected.replace("\\\\", "\\")
 
