@@ -21,7 +21,9 @@ def begin_stage(folder: str, configs: dict[str, Any], resolved: dict[str, Any] |
     Raises: ConfigError naming each identity field that differs.
     """
     path = storage.join(folder, "config.json")
-    identity = {f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()}
+    identity = {
+        f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()
+    }
     if storage.exists(path):
         refuse_other_identity(storage.read_json(path)["identity"], identity, folder)
     record = {
@@ -45,5 +47,7 @@ def commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
     return done.stdout.strip()

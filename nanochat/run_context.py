@@ -4,18 +4,12 @@ Every stage is `stage(config, run, inputs) -> artifact`. Alone in one process `R
 `nanochat.cluster` fills in rank and world size, and a `map` that runs tasks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class Map(Protocol):
-    """Apply a function to every item; results come in the items' order. Builtin map, or Ray tasks with retries."""
-
-    def __call__(self, fn: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]: ...  # noqa: D102
+Map = Callable[..., Iterator[Any]]
+"""Applies a function to every item; results come in the items' order. Builtin map, or Ray tasks with retries."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Where everything lies: run directories, atomic writes, checksums; local paths and URIs through fsspec.
 
-A reader never sees half a file: local files are written beside their place, flushed to disk and renamed; object stores
-publish an object only when its upload is complete. Every path of the project is built here.
+A reader never sees half a file: local files are written beside their place, flushed to disk and renamed; for object
+stores they are uploaded when whole, and those publish an object only when its upload is complete. Every path of the
+project is built here.
 """
 
 import contextlib
@@ -9,11 +10,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -52,6 +54,7 @@ def is_local(path: str) -> bool:
 def exists(path: str) -> bool:
     """Tell whether a file or folder exists."""
     fs, inner = filesystem(path)
+    fs.invalidate_cache(inner)
     return bool(fs.exists(inner))
 
 
@@ -64,9 +67,9 @@ def size_bytes(path: str) -> int:
 def list_names(folder: str) -> list[str]:
     """Return the sorted names in a folder; none if it does not exist."""
     fs, inner = filesystem(folder)
+    fs.invalidate_cache(inner)
     if not fs.exists(inner):
         return []
-    fs.invalidate_cache(inner)
     return sorted(name_of(str(path)) for path in fs.ls(inner, detail=False))
 
 
@@ -100,12 +103,10 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
     fs, inner = filesystem(path)
     fs.makedirs(os.path.dirname(inner), exist_ok=True)
     if not isinstance(fs, LocalFileSystem):
-        with fs.open(inner, "wb") as file:
-            try:
-                yield file
-            except BaseException:
-                file.discard()
-                raise
+        with tempfile.NamedTemporaryFile() as whole:
+            yield cast(IO[bytes], whole)
+            whole.flush()
+            fs.put_file(whole.name, inner)
         return
     partial = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -142,7 +143,7 @@ def append_jsonl(path: str, record: dict[str, Any]) -> None:
         with open(inner, "a", encoding="utf-8") as file:
             file.write(line)
         return
-    before = fs.cat_file(inner) if fs.exists(inner) else b""
+    before = bytes(fs.cat_file(inner)) if fs.exists(inner) else b""
     with atomic_write(path) as remote:
         remote.write(before + line.encode())
 

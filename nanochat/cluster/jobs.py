@@ -1,6 +1,5 @@
 """The stages as jobs: each takes its configs, a run directory and a terminal, and runs on the current Ray session."""
 
-from dataclasses import asdict
 from typing import Any
 
 from nanochat import storage
@@ -40,7 +39,9 @@ def prepare_data(
     folder = RunFolder(run_dir)
     run = ray_context(terminal.live)
     begin_stage(folder.shards, {"corpus": corpus, "tokenizer": tokenizer, "shards": shards})
-    text = prepare_corpus(corpus, run, folder.text, None if train_tokens is None else int(train_tokens * BYTES_PER_TOKEN))
+    text = prepare_corpus(
+        corpus, run, folder.text, None if train_tokens is None else int(train_tokens * BYTES_PER_TOKEN)
+    )
     terminal.line(f"corpus     {text.name}: {len(text.sources('train'))} training shards")
     if storage.exists(storage.join(folder.tokenizer, "tokenizer.json")):
         trained = Tokenizer.load(folder.tokenizer)
@@ -56,7 +57,9 @@ def prepare_data(
     return packed
 
 
-def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, terminal: Terminal) -> Checkpoint | None:
+def pretrain_base(
+    run_dir: str, config: PretrainConfig, cluster: ClusterConfig, terminal: Terminal
+) -> Checkpoint | None:
     """Pretrain on the run's shards until the horizon; None if it was asked to stop before. Resumes by itself."""
     folder = RunFolder(run_dir)
     shards = TokenShards.load(folder.shards)
@@ -109,5 +112,7 @@ class _MetricsView:
 
 def summary(run_dir: str) -> dict[str, Any]:
     """Return the run's scores, as summary.json has them."""
-    scores = [record["val_bpb"] for record in storage.read_jsonl(RunFolder(run_dir).pretrain.metrics) if "val_bpb" in record]
+    scores = [
+        record["val_bpb"] for record in storage.read_jsonl(RunFolder(run_dir).pretrain.metrics) if "val_bpb" in record
+    ]
     return {"val_bpb": scores[-1] if scores else None}

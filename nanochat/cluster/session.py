@@ -7,7 +7,6 @@ training workers; under `ray job submit`, or with an address, it joins the clust
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -70,15 +69,6 @@ def _start_local() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
-    )
-
-
-def session_logs() -> str:
-    """Return the folder of this node's Ray logs, workers' included."""
-    return (
-        os.path.join(ray.get_runtime_context().get_session_dir(), "logs")
-        if ray.is_initialized()
-        else tempfile.gettempdir()
     )
 
 

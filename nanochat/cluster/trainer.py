@@ -28,11 +28,14 @@ from nanochat.errors import ClusterError, NanochatError
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.training import plan as planning
-from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, step_folder
+from nanochat.training.checkpoint import Checkpoint, problem_with, step_folder
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT
 from nanochat.training.pretrain import PretrainInputs, pretrain
 
-RETRIED = (RuntimeError, OSError, ray.exceptions.RayError)
+
+def is_retried(error: BaseException) -> bool:
+    """Tell whether another try may help: Ray's own errors (a worker or node is lost), RuntimeError, OSError."""
+    return isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("ray.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class EndAtOnce(UserCallback):
         """Raise the first exception that is not of a retried kind."""
         for rank in sorted(worker_exceptions):
             cause = first_cause(worker_exceptions[rank])
-            if not isinstance(cause, RETRIED):
+            if not is_retried(cause):
                 raise cause
 
 
@@ -64,8 +67,7 @@ def first_cause(error: BaseException) -> BaseException:
         failures = getattr(error, "worker_failures", None)
         if inner is None and failures:
             inner = (
-                next((e for e in failures.values() if not isinstance(first_cause(e), RETRIED)), None)
-                or failures[min(failures)]
+                next((e for e in failures.values() if not is_retried(first_cause(e))), None) or failures[min(failures)]
             )
         if not isinstance(inner, BaseException) or inner is error:
             return error
@@ -74,17 +76,25 @@ def first_cause(error: BaseException) -> BaseException:
 
 def train_worker(job: PretrainJob) -> None:
     """Run pretraining as one worker of a Ray Train group."""
+    run = worker_context()
+    pretrain(job.config, run, inputs_of(job, run))
+
+
+def worker_context() -> RunContext:
+    """Return this worker's place in its group."""
     context = ray.train.get_context()
-    run = RunContext(
+    return RunContext(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         local_world_size=context.get_local_world_size(),
     )
-    shard = ray.train.get_dataset_shard("train")
-    stream = steps_of(shard, job.spec.slots, run.world_size)
-    tokenizer = Tokenizer.load(job.tokenizer_folder)
-    pretrain(job.config, run, PretrainInputs(tokenizer, job.spec.shards, stream, job.spec.folder))
+
+
+def inputs_of(job: PretrainJob, run: RunContext) -> PretrainInputs:
+    """Return a worker's inputs, with its share of Ray Data's stream."""
+    stream = steps_of(ray.train.get_dataset_shard("train"), job.spec.slots, run.world_size)
+    return PretrainInputs(Tokenizer.load(job.tokenizer_folder), job.spec.shards, stream, job.spec.folder)
 
 
 def pretrain_on_ray(
@@ -94,10 +104,12 @@ def pretrain_on_ray(
     tokenizer_folder: str,
     folder: StageFolder,
     watch: Callable[[], None],
+    worker: Callable[[PretrainJob], None] = train_worker,
 ) -> Checkpoint | None:
     """Train on the cluster until the horizon, or until `folder.stop` appears; returns the last checkpoint if reached.
 
-    `watch` is called about five times a second on the calling thread while workers train.
+    `watch` is called about five times a second on the calling thread while workers train. `worker` is what each
+    worker runs: benchmarks and fault tests wrap it.
     Raises: what a worker raised if another try would repeat it, or after max_failures tries.
     """
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -112,12 +124,11 @@ def pretrain_on_ray(
         slots=slots_for(plan.rows_per_step, least, workers), folder=folder,
     )  # fmt: skip
     storage.remove(folder.stop)
-    trainer = _trainer(
-        PretrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec), cluster, workers, use_gpu
-    )
+    job = PretrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec)
+    trainer = _trainer(worker, job, cluster, workers, use_gpu)
     _fit(trainer, watch)
-    last = newest_checkpoint(folder.checkpoints, passed_over=lambda line: None)
-    return Checkpoint(step_folder(folder.checkpoints, last)) if last == plan.num_steps else None
+    last = step_folder(folder.checkpoints, plan.num_steps)
+    return Checkpoint(last) if problem_with(last, verify=False) is None else None
 
 
 def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool) -> None:
@@ -132,13 +143,15 @@ def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool) -> None
             )
 
 
-def _trainer(job: PretrainJob, cluster: ClusterConfig, workers: int, use_gpu: bool) -> TorchTrainer:
+def _trainer(
+    worker: Callable[[PretrainJob], None], job: PretrainJob, cluster: ClusterConfig, workers: int, use_gpu: bool
+) -> TorchTrainer:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     environment = {} if use_gpu else dict(CPU_ALLOCATOR_ENVIRONMENT)
     environment["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", compile_cache())
     options = ray.data.ExecutionOptions(preserve_order=True)
     return TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, workers) if cluster.min_workers else workers,

@@ -24,8 +24,10 @@ class ClusterConfig:
         for name in ("num_workers", "min_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: must be at least 1.")
+                raise ConfigError(f"{name}={value}: must be at least 1. Leave it out for the default.")
         if self.min_workers is not None and self.num_workers is not None and self.min_workers > self.num_workers:
-            raise ConfigError(f"min_workers={self.min_workers}: must not exceed num_workers={self.num_workers}.")
+            raise ConfigError(
+                f"min_workers={self.min_workers}: must not exceed num_workers={self.num_workers}. Lower it."
+            )
         if self.cpus_per_worker <= 0:
             raise ConfigError(f"cpus_per_worker={self.cpus_per_worker}: must be positive. 0.5 suits a small machine.")

@@ -1,5 +1,6 @@
 """How a base model is trained: the depth dial and everything that can override it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,7 +94,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}={value}: must be at least {least}."
+            f"{name}={value}: must be at least {least}. Leave it out for the default."
             for name, least in (
                 ("depth", 1), ("head_dim", 2), ("n_embd", 1), ("n_kv_head", 1), ("num_steps", 1),
                 ("global_batch_tokens", 1), ("lr_batch_tokens", 1), ("warmup_steps", 0), ("micro_batch_rows", 1),
@@ -103,11 +104,16 @@ class PretrainConfig:
             if (value := getattr(self, name)) is not None and value < least
         ]  # fmt: skip
         problems += [
-            f"{name}={getattr(self, name)}: must lie in [0, 1]."
+            f"{name}={getattr(self, name)}: must lie in [0, 1]. Leave it out for the default."
             for name in ("warmdown_fraction", "final_lr_factor")
             if not 0 <= getattr(self, name) <= 1
         ]
-        if self.tokens_per_parameter <= 0:
+        problems += [
+            f"{name}={getattr(self, name)}: must be a number from 0 on. Leave it out for the default."
+            for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")
+            if not 0 <= getattr(self, name) < math.inf
+        ]
+        if not 0 < self.tokens_per_parameter < math.inf:
             problems.append(f"tokens_per_parameter={self.tokens_per_parameter}: must be positive. 12 is a good value.")
         if problems:
             raise ConfigError(" ".join(problems))

@@ -5,56 +5,35 @@ out, so rows that are padded with BOS count just their text. Every token of the 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.data.token_shards import TokenShards
 from nanochat.model.gpt import GPT
+from nanochat.training.step import document_numbers
 
 
-def count_nats_and_bytes(model: GPT, batches: Iterable[np.ndarray], token_bytes_V: Tensor) -> Tensor:
-    """Return float64 (nats, bytes) over batches of rows, shape (rows, T + 1), all of one shape (compiled models).
+def count_nats_and_bytes(
+    model: GPT, batches: Iterable[np.ndarray], token_bytes_V: Tensor, bos: int | None = None
+) -> Tensor:
+    """Return (nats, bytes), float64 on CPU, over batches of rows, (rows, T + 1), all of one shape (compiled models).
 
-    `token_bytes_V` holds the UTF-8 bytes of each token, 0 for special ones. Sums of several workers may be added.
+    `token_bytes_V` holds the UTF-8 bytes of each token, 0 for special ones. With `bos` a token sees its own document
+    only, for models trained so. Sums of several workers may be added.
     """
     device = token_bytes_V.device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         rows_BT1 = torch.from_numpy(batch.astype(np.int64)).to(device)
-        targets_BT = rows_BT1[:, 1:]
+        inputs_BT, targets_BT = rows_BT1[:, :-1], rows_BT1[:, 1:]
+        document_BT = None if bos is None else document_numbers(inputs_BT, bos)
+        losses_BT = model.token_losses(inputs_BT, targets_BT, document_BT)
         bytes_BT = token_bytes_V[targets_BT]
-        losses_BT = model.token_losses(rows_BT1[:, :-1], targets_BT)
-        totals[0] += (losses_BT * (bytes_BT > 0)).sum(dtype=torch.float64)
-        totals[1] += bytes_BT.sum(dtype=torch.float64)
+        totals[0] += (losses_BT * (bytes_BT > 0)).cpu().sum(dtype=torch.float64)  # Apple GPUs have no float64
+        totals[1] += bytes_BT.sum().cpu()
     return totals
-
-
-def validation_batches(
-    shards: TokenShards, *, rows: int, limit: int, padding: int, rank: int = 0, world_size: int = 1
-) -> Iterator[np.ndarray]:
-    """Yield every `world_size`-th batch of the first `limit` validation rows, in manifest order, from batch `rank` on.
-
-    All batches have `rows` rows of the shards' dtype; the last is filled up with rows of `padding`, which count nothing.
-    """
-    waiting: list[np.ndarray] = []
-    taken = number = 0
-    groups = ((shard, group) for shard in shards.split("validation") for group in range(len(shard.group_rows())))
-    for shard, group in groups:
-        if taken >= limit:
-            break
-        for row in shards.read_rows(shard, group)[: limit - taken]:
-            waiting.append(row)
-            taken += 1
-            if len(waiting) == rows:
-                if number % world_size == rank:
-                    yield np.stack(waiting)
-                waiting, number = [], number + 1
-    if waiting and number % world_size == rank:
-        filler = np.full_like(waiting[0], padding)
-        yield np.stack(waiting + [filler] * (rows - len(waiting)))
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:

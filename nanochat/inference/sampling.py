@@ -40,15 +40,15 @@ def complete(
 ) -> list[list[int]]:
     """Continue each prompt until `stop_token` (not returned) or `max_new_tokens`; all prompts run as one batch."""
     device = model.lm_head.weight.device
-    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded_BT = torch.full((len(prompts), int(lengths_B.max())), stop_token, device=device)
+    lengths = [len(prompt) for prompt in prompts]
+    padded_BT = torch.full((len(prompts), max(lengths)), stop_token, device=device)
     for row, prompt in enumerate(prompts):
         padded_BT[row, : len(prompt)] = torch.tensor(prompt, device=device)
     cache = KVCache(model.config, len(prompts), padded_BT.shape[1] + max_new_tokens, model.compute_dtype, device)
     generator = torch.Generator().manual_seed(seed)
     hidden_BTC = model(padded_BT, cache=cache)
-    cache.advance(lengths_B)
-    last_BC = hidden_BTC[torch.arange(len(prompts), device=device), lengths_B - 1]
+    cache.advance(lengths)
+    last_BC = hidden_BTC[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
     completions: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):

@@ -65,7 +65,10 @@ class Piece:
 
 
 def polar_express(x_KMN: Tensor) -> Tensor:
-    """Return the nearest semi-orthogonal matrices (U V^T of each SVD), to a few percent, in the input's dtype."""
+    """Return about the nearest semi-orthogonal matrices (U V^T of each SVD), in the input's dtype.
+
+    Singular values of at least 1e-3 of the Frobenius norm end in [0.85, 1.15]; smaller ones are only raised.
+    """
     x_KMN = x_KMN / (x_KMN.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     tall = x_KMN.shape[-2] > x_KMN.shape[-1]
     for a, b, c in POLAR_EXPRESS:

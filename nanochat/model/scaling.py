@@ -110,8 +110,8 @@ def parameter_groups(
         ("value_embeds.", _adamw(rates.embedding * adam * 0.5, 0.01, (0.8, 0.995))),
         ("resid_lambdas", _adamw(rates.scalar * lr_factor * 0.01, 0.05, (0.8, 0.95))),
         ("x0_lambdas", _adamw(rates.scalar * lr_factor, 0.0, (0.96, 0.95))),
-        ("smear_", _adamw(0.2, 0.0, (0.8, 0.95))),
-        ("backout_", _adamw(0.2, 0.0, (0.8, 0.95))),
+        ("smear_", _adamw(0.2 * lr_factor, 0.0, (0.8, 0.95))),
+        ("backout_", _adamw(0.2 * lr_factor, 0.0, (0.8, 0.95))),
         ("transformer.h.", ParameterGroup(kind="muon", names=(), lr=rates.matrix * lr_factor)),
     ]
     groups = []

@@ -48,12 +48,12 @@ def smooth(values: Sequence[float], span: float | None = None) -> list[float]:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return about that many round numbers that lie in [low, high]: multiples of 1, 2 or 5 times a power of ten."""
+    """Return about that many round numbers in [low, high]: multiples of 1, 2, 2.5 or 5 times a power of ten."""
     if not low < high:
         return [low]
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.8 * rough)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
 
@@ -74,8 +74,7 @@ def line_chart(
     `from_zero` starts the y axis at 0, `y_max` is the least upper end, `percent` writes shares as percentages.
     """
     finite = [
-        Series(one.name, [point for point in one.points if all(map(math.isfinite, point))], one.style)
-        for one in series
+        Series(one.name, [point for point in one.points if all(map(math.isfinite, point))], one.style) for one in series
     ]
     xs = [x for one in finite for x, _ in one.points]
     ys = [y for one in finite for _, y in one.points]
@@ -93,25 +92,6 @@ def line_chart(
         title=title, width=WIDTH, height=HEIGHT, last=_label(last[1], percent), step=short_number(last[0]),
         grid=_grid(axes, percent), lines=Markup("").join(_line(axes, one) for one in finite),
     )  # fmt: skip
-
-
-def heat_strips(labels: Sequence[str], strips: Sequence[Sequence[float]]) -> Markup:
-    """Return rows of cells, each as dark as its value in [0, 1] is large; all rows have equally many cells."""
-    cells = len(strips[0])
-    height = 16
-    parts = []
-    for number, (label, strip) in enumerate(zip(labels, strips, strict=True)):
-        y = number * height
-        parts.append(Markup('<text x="0" y="{}" class="label">{}</text>').format(y + 11, label))
-        parts += [
-            Markup('<rect x="{}" y="{}" width="{}" height="12" class="heat" style="--w:{}"/>').format(
-                f"{LEFT + place * (WIDTH - LEFT) / cells:.2f}", y + 1, f"{(WIDTH - LEFT) / cells:.2f}", f"{value:.3f}"
-            )
-            for place, value in enumerate(strip)
-        ]
-    return Markup('<svg viewBox="0 0 {} {}" class="strips" role="img" aria-label="weights">{}</svg>').format(
-        WIDTH, height * len(strips), Markup("").join(parts)
-    )
 
 
 @dataclass(frozen=True)

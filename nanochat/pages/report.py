@@ -38,14 +38,16 @@ def write_report(run_dir: str) -> str:
     trained = _read(folder.pretrain.config)
     values = {
         "title": storage.name_of(run_dir),
-        "model": trained.get("resolved", {}),
+        "model": {"parameters": None, "num_steps": None} | trained.get("resolved", {}),
         "training": training_figures(records),
         "charts": charts(records),
         "samples": storage.read_jsonl(folder.pretrain.samples)[::-1],
         "data": data_figures(_read(storage.join(folder.shards, MANIFEST)), prepared),
         "config": config_rows(prepared) + config_rows(trained),
         "machine": machine_rows(trained or prepared),
-        "starts": [record.get("note", "") for record in storage.read_jsonl(storage.join(folder.pretrain.root, "starts.jsonl"))],
+        "starts": [
+            record.get("note", "") for record in storage.read_jsonl(storage.join(folder.pretrain.root, "starts.jsonl"))
+        ],
     }
     return write_page(folder.report, "report.html", values)
 
@@ -103,8 +105,10 @@ def data_figures(manifest: Record, config: Record) -> Record | None:
         for reason, count in shard["skipped"].items():
             skipped[reason.replace("_", " ")] = skipped.get(reason.replace("_", " "), 0) + count
     skipped.pop("other split", None)  # these are documents of the other split, not lost ones
+    corpus = config.get("config", {}).get("corpus", {}).get("corpus")
     return {
-        "corpus": config.get("config", {}).get("corpus", {}).get("corpus"),
+        "corpus": corpus,
+        "name": corpus and storage.name_of(corpus),
         "sequence_len": manifest["recipe"]["sequence_len"],
         "vocab_size": manifest["recipe"]["vocab_size"],
         "splits": splits,
@@ -151,7 +155,5 @@ def _median(records: list[Record], name: str) -> float | None:
 
 def _defaults(config: type[Any]) -> Record:
     return {
-        field.name: field.default
-        for field in dataclasses.fields(config)
-        if field.default is not dataclasses.MISSING
+        field.name: field.default for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING
     }

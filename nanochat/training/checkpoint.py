@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from nanochat import storage
@@ -44,6 +44,8 @@ def problem_with(folder: str, verify: bool = True) -> str | None:
         return "state.json is missing"
     try:
         world_size = int(storage.read_json(storage.join(folder, "state.json"))["world_size"])
+        if world_size < 1:
+            return f"state.json is damaged: world_size is {world_size}"
         for rank in range(world_size):
             checksums = f"checksums_{rank:02d}_of_{world_size:02d}.json"
             if checksums not in names:
@@ -167,10 +169,13 @@ class CheckpointWriter:
         storage.write_json(storage.join(folder, f"checksums_{part}.json"), checksums)
 
     def _prune(self, newest: int) -> None:
-        """Delete all but the newest `keep` complete checkpoints before `newest`, and what crashes left behind."""
+        """Delete what is older than the newest `keep` complete checkpoints before `newest`, whole or not.
+
+        What is incomplete but newer than those stays for now: another worker may still be writing it.
+        """
         older = [step for step in steps_found(self.checkpoints) if step < newest]
         complete = [step for step in older if problem_with(step_folder(self.checkpoints, step), verify=False) is None]
-        for step in set(older) - set(complete[-self.keep :]):
+        for step in [step for step in older if step < min(complete[-self.keep :], default=0)]:
             folder = step_folder(self.checkpoints, step)
             for name in storage.list_names(folder):
                 if name.startswith("checksums_"):
@@ -193,16 +198,14 @@ def _save_file(path: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _load_file(path: str) -> dict[str, Tensor]:
-    if storage.is_local(path):
-        try:
+    try:
+        if storage.is_local(path):
             with safe_open(storage.filesystem(path)[1], framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, FileNotFoundError) as err:
-            raise CheckpointError(f"checkpoint={path}: cannot be read ({err}). Use another checkpoint.") from err
-    from safetensors.torch import load
-
-    with storage.open_read(path) as remote:
-        return load(remote.read())
+        with storage.open_read(path) as remote:
+            return load(remote.read())
+    except (SafetensorError, FileNotFoundError) as err:
+        raise CheckpointError(f"checkpoint={path}: cannot be read ({err}). Use another checkpoint.") from err
 
 
 def load_parameters(model: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:

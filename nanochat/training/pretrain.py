@@ -23,8 +23,8 @@ from nanochat.config.pretrain import PretrainConfig
 from nanochat.data.row_order import RowReader
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import TrainingDivergedError
-from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes, validation_batches
+from nanochat.errors import CheckpointError, TokenizerMismatchError, TrainingDivergedError
+from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
 from nanochat.inference.sampling import complete
 from nanochat.model import scaling
 from nanochat.model.gpt import GPT
@@ -32,7 +32,14 @@ from nanochat.model.optimizer import MuonAdamW
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.training import plan as planning
-from nanochat.training.checkpoint import Checkpoint, CheckpointWriter, load_parameters, step_folder
+from nanochat.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    load_parameters,
+    problem_with,
+    step_folder,
+    steps_found,
+)
 from nanochat.training.hardware import Hardware, can_compile, choose_hardware
 from nanochat.training.metrics import MetricsWriter, StepClock
 from nanochat.training.schedules import schedule_at
@@ -81,9 +88,14 @@ def local_stream(reader: RowReader, rows_per_step: int, first_step: int = 0) -> 
 def pretrain(config: PretrainConfig, run: RunContext, inputs: PretrainInputs) -> Checkpoint | None:
     """Train until the last step or until asked to stop; returns the last checkpoint if the horizon is reached.
 
-    Raises: TrainingDivergedError on a NaN or infinite loss; CheckpointError if the state to resume from does not fit.
+    Raises: TrainingDivergedError on a NaN or infinite loss; CheckpointError if the state to resume from does not fit;
+    TokenizerMismatchError if it was trained with another tokenizer.
     """
-    return _Pretraining(config, run, inputs).run()
+    try:
+        return _Pretraining(config, run, inputs).run()
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 class _Pretraining:
@@ -94,6 +106,7 @@ class _Pretraining:
         self.tokenizer, self.folder = inputs.tokenizer, inputs.folder
         self.plan = planning.resolve(config, self.tokenizer.vocab_size, inputs.shards.sequence_len)
         self.hardware: Hardware = choose_hardware(config, run.local_rank, run.local_world_size)
+        self.free_bytes = self.hardware.free_bytes()  # before anything of the plan is allocated
         self.stream: Iterator[StepRows] = iter(inputs.stream)
         self.model = self._build_model()
         groups = scaling.parameter_groups(
@@ -129,16 +142,16 @@ class _Pretraining:
         while step < self.plan.num_steps and not stopped:
             if self._due(self.config.evaluate_every, step):
                 self._evaluate(step)
+            if step > 0 and self._due(self.config.sample_every, step):
+                self._sample(step)
             result = self.step.run(batch.rows_BT1, self._schedule(step), self._stop_requested())
             if not math.isfinite(result.loss):
-                raise TrainingDivergedError(self._divergence(step, result.loss))
+                raise TrainingDivergedError(self._divergence("loss", result.loss, step))
             self._log(step, batch, result.loss)
             stopped = result.stop_requested
             step += 1
             if step < self.plan.num_steps and self._due(self.config.checkpoint_every, step):
                 self._save(step)
-            if step < self.plan.num_steps and self._due(self.config.sample_every, step):
-                self._sample(step)
             if step < self.plan.num_steps:
                 batch = self._next_rows()
                 assert batch.step == step, f"the stream is at step {batch.step}, the loop at {step}"
@@ -184,6 +197,15 @@ class _Pretraining:
             return
         checkpoint = Checkpoint(step_folder(self.folder.checkpoints, step))
         state = checkpoint.state
+        if state["tokenizer_hash"] != self.tokenizer.hash:
+            raise TokenizerMismatchError(
+                f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Put that one back, or start anew."
+            )
+        if state["manifest_hash"] != self.inputs.shards.manifest_hash:
+            raise CheckpointError(
+                f"checkpoint={checkpoint.folder}: was trained on other token shards than those of "
+                f"{self.inputs.shards.folder}. Put those back, or start anew in another --run-dir."
+            )
         load_parameters(self.model, checkpoint.model_tensors(), checkpoint.folder)
         checkpoint.optimizer_tensors(self.optimizer.state_tensors())
         self.optimizer.set_step(step)
@@ -196,7 +218,7 @@ class _Pretraining:
         size = planning.micro_batch_rows(
             self.config, self.plan, rows=len(rows_BT1), device=self.hardware.device.type,
             dtype_bytes=self.hardware.dtype.itemsize,
-            free_bytes=self.hardware.free_bytes() // (1 if self.hardware.device.type == "cuda" else self.context.local_world_size),
+            free_bytes=self.free_bytes // (1 if self.hardware.device.type == "cuda" else self.context.local_world_size),
             world_size=self.context.world_size,
         )  # fmt: skip
         while True:
@@ -206,8 +228,9 @@ class _Pretraining:
                 micro_batch_rows=size,
             )  # fmt: skip
             try:
-                trial.backward(rows_BT1[:size], global_tokens=1)
-                return size
+                for _ in range(1 if size == len(rows_BT1) else 2):  # the second one finds gradients allocated
+                    trial.backward(rows_BT1[:size], global_tokens=1)
+                return self._least(size)
             except torch.OutOfMemoryError:
                 if size == 1 and self.model.recompute:
                     raise
@@ -222,6 +245,14 @@ class _Pretraining:
             finally:
                 self.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
+
+    def _least(self, size: int) -> int:
+        """Return the least size of all workers, which then share validation batches of equal shape."""
+        if self.context.world_size > 1:
+            least = torch.tensor(size, device=self.hardware.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            size = int(least)
+        return size
 
     def _schedule(self, step: int) -> Any:
         return schedule_at(self.config, step, self.plan.num_steps, self.plan.weight_decay)
@@ -256,14 +287,19 @@ class _Pretraining:
         """Measure validation bits per byte, every worker on its share of the batches."""
         shards = self.inputs.shards
         limit = -(-self.config.validation_tokens // shards.sequence_len)
-        batches = validation_batches(
-            shards, rows=self.step.micro_batch_rows, limit=limit, padding=self.tokenizer.bos, rank=self.context.rank,
+        batches = shards.validation_batches(
+            rows=self.step.micro_batch_rows, limit=limit, padding=self.tokenizer.bos, rank=self.context.rank,
             world_size=self.context.world_size,
         )  # fmt: skip
-        totals = count_nats_and_bytes(self.model, batches, self.token_bytes_V)
+        bos = self.tokenizer.bos if self.config.document_masking else None
+        totals = count_nats_and_bytes(self.model, batches, self.token_bytes_V, bos)
         if self.context.world_size > 1:
+            totals = totals.to(self.hardware.device)
             dist.all_reduce(totals)
-        self.val_bpb = bits_per_byte(*totals.tolist())
+        nats, num_bytes = totals.tolist()
+        if not math.isfinite(nats):
+            raise TrainingDivergedError(self._divergence("validation loss", nats, step))
+        self.val_bpb = bits_per_byte(nats, num_bytes)
         self.metrics.write({"step": step, "val_bpb": self.val_bpb})
         self.clock.skip()
 
@@ -289,19 +325,22 @@ class _Pretraining:
             "position": {"seed": self.config.seed, "next_step": step, "rows_per_step": self.plan.rows_per_step},
             "loop": {"val_bpb": self.val_bpb, "training_s": self.clock.training_s},
         }
-        parameters = {name: parameter for name, parameter in self.model.named_parameters()}
-        self.writer.save(step, parameters, self.optimizer.state_tensors(), state)
+        self.writer.save(step, self.optimizer.parameters, self.optimizer.state_tensors(), state)
         self.saved_step = step
         self.clock.skip()
 
-    def _divergence(self, step: int, loss: float) -> str:
-        last = (
-            f"the last good checkpoint is {step_folder(self.folder.checkpoints, self.saved_step)}"
-            if self.saved_step > 0
-            else "there is no checkpoint yet"
-        )  # noqa: E501
+    def _divergence(self, name: str, value: float, step: int) -> str:
+        """Return the message; a checkpoint of this very step holds what diverged, so an older one is named."""
+        checkpoints = self.folder.checkpoints
+        good = [
+            saved
+            for saved in steps_found(checkpoints)
+            if saved < step
+            and (saved == self.saved_step or problem_with(step_folder(checkpoints, saved), verify=False) is None)
+        ]
+        last = f"the last good checkpoint is {step_folder(checkpoints, good[-1])}" if good else "there is no checkpoint"
         return (
-            f"loss={loss}: not finite at step {step}; {last}. "
+            f"{name}={value}: not finite at step {step}; {last}. "
             "Lower matrix_lr and embedding_lr, or look at the rows of this step."
         )
 

@@ -1,0 +1,154 @@
+import html
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+
+import pytest
+from tiny_run import HOSTILE, METRICS
+
+from nanochat import storage
+from nanochat.pages.report import charts, config_rows, training_figures, write_report
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text of the page without styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self._style = [], [], False
+        self.feed(text)
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._style = tag == "style"
+
+    def handle_data(self, data):
+        if not self._style:
+            self.texts.append(data)
+
+
+def read(path):
+    with storage.open_read(path) as file:
+        return file.read().decode()
+
+
+@pytest.fixture(scope="module")
+def page(tiny_run, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("report") / "tiny"
+    shutil.copytree(tiny_run, run_dir)
+    return Page(read(write_report(str(run_dir))))
+
+
+def test_the_header_has_the_numbers_of_the_metrics(page):
+    steps = [record for record in METRICS if "loss" in record]
+    assert f"Validation {METRICS[-1]['val_bpb']:.3f} bits per byte" in page.text
+    assert f"Training loss {steps[-1]['loss']:.3f} nats per token" in page.text
+    assert "Steps 6 of 10" in page.text
+    assert "trained on 2.304k tokens of source0 in 3.0 min" in page.text
+    assert "Peak memory 300 MB" in page.text
+    assert "Waiting for data 0.3 % median" in page.text
+
+
+def test_rates_are_medians_without_the_first_record():
+    steps = [record for record in METRICS if "loss" in record]
+    figures = training_figures(METRICS)
+    assert figures["tokens_per_s"] == statistics.median(record["tokens_per_s"] for record in steps[1:]) == 103
+    assert figures["flops_per_s"] == 10e9
+    assert figures["mfu"] is None
+
+
+def test_mfu_is_shown_where_it_is_known():
+    assert training_figures([{"step": 0, "loss": 1.0, "mfu": 0.4}])["mfu"] == 0.4
+
+
+def test_charts_draw_every_record():
+    pictures = charts(METRICS)
+    counts = [[line.count(",") for line in re.findall(r'points="([^"]*)"', picture)] for picture in pictures]
+    assert counts == [[6, 6], [2], [6], [6]]
+    assert "4.438 at step 6" in pictures[1]
+    assert 'class="faint"' in pictures[0]
+
+
+def test_samples_newest_first_with_prompts_in_bold(page):
+    assert page.text.index("After step 6") < page.text.index("After step 3")
+    assert "An early prompt gave this" in page.text
+    assert ("b", {}) in page.tags
+
+
+def test_hostile_samples_stay_text(page):
+    assert HOSTILE.strip() in page.text
+    assert "A prompt <b>" in page.text
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_the_page_is_self_contained(page):
+    loading = [(tag, attributes) for tag, attributes in page.tags if {"src", "href"} & attributes.keys()]
+    assert loading == []
+    policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_data_figures_are_the_manifests(page, tiny_run):
+    totals = storage.read_json(f"{tiny_run}/shards/manifest.json")["totals"]["train"]
+    cells = f"train 1 {totals['documents']:,} {totals['rows']:,} {totals['tokens']:,}"
+    assert cells in page.text
+    assert f"{totals['text_bytes'] / totals['tokens']:.2f} {100 * totals['cropped_share']:.1f} %" in page.text
+
+
+def test_parameters_config_machine_and_starts(page, tiny_run):
+    config = storage.read_json(f"{tiny_run}/pretrain/config.json")
+    for kind, number in config["resolved"]["parameters"].items():
+        assert f"{kind.replace('_', ' ')} {number:,}" in page.text
+    assert f"torch version {config['versions']['torch']}" in page.text
+    assert "a worker group starts at step 4" in page.text
+
+
+def test_config_values_other_than_the_default_are_marked(tiny_run):
+    rows = {name: changed for name, _, changed in config_rows(storage.read_json(f"{tiny_run}/pretrain/config.json"))}
+    assert {name for name, changed in rows.items() if changed} == {
+        "pretrain.depth", "pretrain.head_dim", "pretrain.n_embd", "pretrain.n_kv_head", "pretrain.window_pattern",
+        "pretrain.num_steps", "pretrain.global_batch_tokens", "pretrain.warmup_steps", "pretrain.seed",
+    }  # fmt: skip
+    assert rows["pretrain.dtype"] is False
+
+
+def test_a_noted_machine_is_shown(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    path = str(tmp_path / "run/pretrain/config.json")
+    machine = {"device": "A <fast> CPU", "memory_bytes": 16 * 10**9}
+    storage.write_json(path, storage.read_json(path) | {"machine": machine})
+    text = Page(read(write_report(str(tmp_path / "run")))).text
+    assert "device A <fast> CPU memory bytes 16 GB" in text
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("pretrain", "Nothing has been trained in this run yet."),
+        ("pretrain/metrics.jsonl", "There is no record in pretrain/metrics.jsonl yet"),
+        ("pretrain/samples.jsonl", "No samples have been drawn yet."),
+        ("shards/manifest.json", "There is no shards/manifest.json"),
+        ("pretrain/config.json", "There is no pretrain/config.json"),
+        ("", "No stage has written its config yet."),
+    ],
+)
+def test_a_missing_part_is_named(tiny_run, tmp_path, missing, sentence):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    storage.remove(str(tmp_path / "run" / missing))
+    assert sentence in Page(read(write_report(str(tmp_path / "run")))).text
+
+
+def test_a_run_that_has_only_evaluated(tmp_path):
+    storage.append_jsonl(str(tmp_path / "pretrain/metrics.jsonl"), {"step": 0, "val_bpb": 3.5})
+    text = Page(read(write_report(str(tmp_path)))).text
+    assert "Validation 3.500 bits per byte" in text
+    assert "no values" in text
+
+
+def test_a_run_may_lie_on_a_uri():
+    path = write_report("memory://runs/nothing")
+    assert path == "memory://runs/nothing/report.html"
+    assert html.unescape(read(path)).startswith("<!doctype html>")

@@ -1,0 +1,83 @@
+"""A run small enough to be made in a moment, by the functions that make real ones; its model is random, not trained."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from nanochat import storage
+from nanochat.config.corpus import CorpusConfig
+from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.shards import ShardsConfig
+from nanochat.config.tokenizer import TokenizerConfig
+from nanochat.data.corpora import Corpus, SourceShard
+from nanochat.data.token_shards import write_token_shards
+from nanochat.data.tokenizer import train_tokenizer
+from nanochat.model.gpt import GPT
+from nanochat.provenance import begin_stage
+from nanochat.run_context import RunContext
+from nanochat.training import plan as planning
+from nanochat.training.checkpoint import CheckpointWriter
+
+HOSTILE = '</p><script>alert(1)</script> " onmouseover="alert(2)" \'><img src=x onerror=alert(3)> &lt;b&gt; '
+LONG = HOSTILE + " ".join(f"The {number}. extraordinary sentence says strawberry;\n" for number in range(60))
+CONFIG = PretrainConfig(
+    depth=2, head_dim=16, n_embd=32, n_kv_head=1, window_pattern="SL", num_steps=10, global_batch_tokens=2 * 192,
+    warmup_steps=2, seed=3,
+)  # fmt: skip
+STEP = 6
+METRICS = [
+    {"step": 0, "val_bpb": 8.0625},
+    *(
+        {
+            "step": step, "loss": 6.0 - step / 4, "lr_factor": 1.0, "tokens": 384 * (step + 1), "step_s": 0.5,
+            "tokens_per_s": 100.0 + step, "flops_per_s": 1e9 * (7 + step), "mfu": None, "data_wait_s": 0.0,
+            "data_wait_share": 0.003, "training_s": 30.0 * (step + 1), "peak_memory_bytes": 10**8 * (3 - step % 2),
+        }
+        for step in range(STEP)
+    ),
+    {"step": STEP, "val_bpb": 4.4375},
+]  # fmt: skip
+SAMPLES = [
+    {"step": 3, "samples": {"An early prompt": " gave this"}},
+    {"step": 6, "samples": {"A prompt <b>": HOSTILE, "Half a pair": " \ud800 and \u202e"}},
+]
+
+
+def write_source(path: Path, texts: list[str], split: str) -> SourceShard:
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+    return SourceShard(str(path), path.stat().st_size, split)
+
+
+def write_tiny_run(run_dir: str, source: Path) -> None:
+    """Write tokenizer, shards, config, metrics, samples, starts and one checkpoint; the text goes into `source`."""
+    shorts = [f"A short document, number {number}." for number in range(40)]
+    train = write_source(source / "train.parquet", [*shorts, LONG], "train")
+    held_out = write_source(source / "held_out.parquet", [LONG, *shorts], "validation")
+    corpus = Corpus("tiny", (train, held_out), "text", 0.1)
+    tokenizer_config, shards_config = TokenizerConfig(vocab_size=300), ShardsConfig(sequence_len=192)
+    tokenizer = train_tokenizer(tokenizer_config, RunContext(), corpus)
+    tokenizer.save(run_dir + "/tokenizer")
+    configs = {"corpus": CorpusConfig(corpus=str(source)), "tokenizer": tokenizer_config, "shards": shards_config}
+    begin_stage(run_dir + "/shards", configs)
+    write_token_shards(shards_config, RunContext(), corpus, tokenizer, run_dir + "/shards")
+    write_pretraining(run_dir + "/pretrain", tokenizer.vocab_size)
+
+
+def write_pretraining(folder: str, vocab_size: int) -> None:
+    plan = planning.resolve(CONFIG, vocab_size, 192)
+    begin_stage(folder, {"pretrain": CONFIG}, plan.as_json())
+    model = GPT(plan.model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    writer = CheckpointWriter(folder + "/checkpoints", 0, 1, 1)
+    writer.save(STEP, dict(model.named_parameters()), {}, {"plan": plan.as_json(), "model": plan.as_json()["model"]})
+    writer.wait()
+    for record in METRICS:
+        storage.append_jsonl(folder + "/metrics.jsonl", record)
+    # A lone surrogate can stand in JSON, though not in UTF-8.
+    Path(folder, "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in SAMPLES))
+    storage.append_jsonl(folder + "/starts.jsonl", {"note": "a worker group starts at step 4"})

@@ -1,0 +1,164 @@
+"""Run directories on disk and behind URIs: nothing half written is ever seen, and what was there before stays."""
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+
+import pytest
+
+from nanochat import storage
+from nanochat.errors import ConfigError
+from nanochat.storage import RunFolder, StageFolder
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request, tmp_path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def put(path: str, content: bytes) -> None:
+    with storage.atomic_write(path) as file:
+        file.write(content)
+
+
+def get(path: str) -> bytes:
+    with storage.open_read(path) as file:
+        return file.read()
+
+
+def test_a_file_appears_when_whole_and_replaces_what_was_there(root):
+    path = storage.join(root, "a", "b.bin")
+    for content in (b"first", b"second, longer"):
+        put(path, content)
+        assert get(path) == content
+        assert storage.size_bytes(path) == len(content)
+    assert storage.list_names(storage.join(root, "a")) == ["b.bin"]
+
+
+def test_while_it_is_written_a_file_is_not_seen(root):
+    path = storage.join(root, "b.bin")
+    with storage.atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not storage.exists(path)
+    assert storage.exists(path)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [None, b"what was there"])
+def test_a_failed_write_changes_nothing(root, before, error):
+    path = storage.join(root, "b.bin")
+    if before is not None:
+        put(path, before)
+    with pytest.raises(error), storage.atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+    assert storage.list_names(root) == ([] if before is None else ["b.bin"])
+    assert before is None or get(path) == before
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_neither_the_file_nor_its_beginning(tmp_path, monkeypatch, step):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        put(str(tmp_path / "b.bin"), b"content")
+    assert raised.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_comes_back_and_nan_is_refused(root):
+    path = storage.join(root, "x.json")
+    value = {"a": [1, 2.5, None, True], "text": "caf\u00e9"}
+    storage.write_json(path, value)
+    assert storage.read_json(path) == value
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.write_json(path, {"loss": float("nan")})
+    assert storage.read_json(path) == value
+
+
+def test_records_are_appended_in_order(root):
+    path = storage.join(root, "new", "metrics.jsonl")
+    assert storage.read_jsonl(path) == []
+    records = [{"step": step, "text": "a\nb \u2028 \u00e9"} for step in range(3)]
+    for record in records:
+        storage.append_jsonl(path, record)
+    assert storage.read_jsonl(path) == records
+    assert get(path).count(b"\n") == 3
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_a_last_line_that_a_crash_cut_is_passed_over(tmp_path, cut):
+    path = str(tmp_path / "metrics.jsonl")
+    line = json.dumps({"step": 1, "x": "\u00e9" * 3}, ensure_ascii=False).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line[:-cut])
+    assert storage.read_jsonl(path) == [{"step": 0}]
+
+
+def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        storage.read_jsonl(str(tmp_path / "metrics.jsonl"))
+
+
+def test_folders_are_listed_and_removed(root):
+    folder = storage.join(root, "tree")
+    assert storage.list_names(folder) == []
+    assert not storage.exists(folder)
+    for name in ("b/x", "a", "c"):
+        put(storage.join(folder, name), b"1")
+    assert storage.list_names(folder) == ["a", "b", "c"]
+    assert storage.exists(storage.join(folder, "b"))
+    storage.remove(storage.join(folder, "b"))
+    assert storage.list_names(folder) == ["a", "c"]
+    storage.remove(folder)
+    storage.remove(folder)  # nothing there: nothing to do
+    assert not storage.exists(storage.join(folder, "a"))
+    storage.make_folder(folder)
+    storage.make_folder(folder)
+    assert storage.exists(folder)
+
+
+def test_checksums_are_sha256_of_bytes_and_of_canonical_json(root):
+    content = bytes(range(256)) * 10_000  # more than one block
+    path = storage.join(root, "x.bin")
+    put(path, content)
+    assert len(content) > 2 * storage.READ_BLOCK_BYTES
+    assert storage.sha256_file(path) == hashlib.sha256(content).hexdigest()
+    assert storage.sha256_json({"b": 1, "a": [2]}) == hashlib.sha256(b'{"a":[2],"b":1}').hexdigest()
+    assert storage.sha256_json({"a": [2], "b": 1}) == storage.sha256_json({"b": 1, "a": [2]})
+
+
+def test_local_and_remote_are_told_apart(tmp_path):
+    assert storage.is_local(str(tmp_path))
+    assert storage.is_local(f"file://{tmp_path}")
+    assert not storage.is_local("memory://x")
+    assert storage.free_bytes("memory://x") is None
+    free = storage.free_bytes(str(tmp_path / "not" / "there" / "yet"))
+    assert free is not None
+    assert free > 0
+
+
+def test_a_scheme_without_a_reader_says_what_to_do():
+    with pytest.raises(ConfigError, match=r"path=nosuch://x: its scheme has no reader here .* Install that package\."):
+        storage.exists("nosuch://x")
+
+
+def test_every_path_of_a_run_lies_in_its_folder():
+    run = RunFolder("memory://runs/one")
+    assert run.pretrain == StageFolder("memory://runs/one/pretrain")
+    assert run.pretrain.checkpoints == "memory://runs/one/pretrain/checkpoints"
+    stage = run.pretrain
+    paths = [run.text, run.tokenizer, run.shards, run.report, run.walk, run.summary]
+    paths += [stage.config, stage.metrics, stage.samples, stage.checkpoints, stage.stop, stage.log]
+    assert len(set(paths)) == len(paths)
+    assert all(path.startswith("memory://runs/one/") for path in paths)
+    assert storage.name_of(run.report) == "report.html"
+
+
+def test_the_stop_file_is_looked_for_more_often_where_that_is_cheap(tmp_path):
+    assert StageFolder(str(tmp_path)).stop_check_s < StageFolder("memory://x").stop_check_s
