@@ -211,6 +211,20 @@ class StageFolder:
         return join(self.root, "samples.jsonl")
 
     @property
+    def notes(self) -> str:
+        """One JSON line per thing that a person should know: starts, restarts, checkpoints passed over, fallbacks."""
+        return join(self.root, "notes.jsonl")
+
+    def note(self, line: str) -> None:
+        """Add a note; the terminal shows it, too."""
+        append_jsonl(self.notes, {"note": line})
+
+    @property
+    def machine(self) -> str:
+        """The machine of the first worker."""
+        return join(self.root, "machine.json")
+
+    @property
     def checkpoints(self) -> str:
         """The folder of step_000123 folders."""
         return join(self.root, "checkpoints")

@@ -74,7 +74,7 @@ def show(hardware: dict[str, object], results: dict[str, object]) -> None:
                 else f"{value:,.0f}"
                 if isinstance(value, (int, float))
                 else str(value)
-            )  # noqa: E501
+            )
         print(f"{name:40} {text}")
 
 

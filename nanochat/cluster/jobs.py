@@ -1,5 +1,6 @@
 """The stages as jobs: each takes its configs, a run directory and a terminal, and runs on the current Ray session."""
 
+import time
 from typing import Any
 
 from nanochat import storage
@@ -13,7 +14,7 @@ from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import prepare_corpus
 from nanochat.data.token_shards import TokenShards, write_token_shards
-from nanochat.data.tokenizer import Tokenizer, train_tokenizer
+from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
 from nanochat.provenance import begin_stage
 from nanochat.storage import RunFolder, StageFolder
 from nanochat.training import plan as planning
@@ -48,6 +49,7 @@ def prepare_data(
     else:
         trained = train_tokenizer(tokenizer, run, text)
         trained.save(folder.tokenizer)
+        storage.write_json(storage.join(folder.tokenizer, "report.json"), compression_report(trained, text))
     terminal.line(f"tokenizer  {trained.vocab_size} tokens, {trained.hash[:12]}")
     packed = write_token_shards(shards, run, text, trained, folder.shards)
     terminal.line(
@@ -94,9 +96,17 @@ class _MetricsView:
         self.folder, self.num_steps, self.terminal = folder, num_steps, terminal
         self.val_bpb: float | None = None
         self._seen = 0
+        self._notes = len(storage.read_jsonl(folder.notes))
+        self._looked_s = 0.0
 
     def update(self) -> None:
-        """Show the newest record."""
+        """Show new notes and the newest record; a folder in an object store is looked at every ten seconds."""
+        if time.monotonic() - self._looked_s < (0.0 if storage.is_local(self.folder.root) else 10.0):
+            return
+        self._looked_s = time.monotonic()
+        for note in (notes := storage.read_jsonl(self.folder.notes))[self._notes :]:
+            self.terminal.line(f"           {note['note']}")
+        self._notes = len(notes)
         if not storage.exists(self.folder.metrics) or (size := storage.size_bytes(self.folder.metrics)) == self._seen:
             return
         self._seen = size

@@ -18,7 +18,6 @@ import numpy as np
 import ray.data
 from ray.data import DataIterator
 
-from nanochat import storage
 from nanochat.data.row_order import RowReader
 from nanochat.data.token_shards import TokenShards
 from nanochat.errors import ConfigError
@@ -67,22 +66,19 @@ class StreamSpec:
         return max(1, UNIT_BYTES // step_bytes, -(-steps // MAX_TASKS))
 
     def dataset_from_newest_checkpoint(self) -> ray.data.Dataset:
-        """Build the dataset from where the newest complete checkpoint ends, or from step 0; says what is passed over."""
-        step = newest_checkpoint(self.folder.checkpoints, passed_over=self._note) or 0
-        self._note(f"a worker group starts at step {step}")
+        """Build the dataset from the newest complete checkpoint's step, or from 0; notes what is passed over."""
+        step = newest_checkpoint(self.folder.checkpoints, passed_over=self.folder.note) or 0
+        self.folder.note(f"a worker group starts at step {step}")
         return self.dataset(step)
 
     def dataset(self, first_step: int) -> ray.data.Dataset:
-        """Return the units from `first_step` on; there is always at least one step, so that workers learn where they are."""
+        """Return the units from `first_step` on; never less than one step, so that workers learn where they are."""
         steps = max(1, self.num_steps - first_step)
         span = self.steps_per_unit(steps)
         tasks = -(-steps // span)
         read = _ReadUnits(self, first_step, span)
         units = ray.data.range(tasks, override_num_blocks=tasks).map_batches(read, batch_size=None)
         return units.repartition(target_num_rows_per_block=1, strict=True)
-
-    def _note(self, line: str) -> None:
-        storage.append_jsonl(storage.join(self.folder.root, "starts.jsonl"), {"note": line})
 
 
 class _ReadUnits:

@@ -5,7 +5,6 @@ cause (RuntimeError, OSError). Everything else is the code's or the input's and 
 """
 
 import os
-
 import threading
 import time
 from collections.abc import Callable

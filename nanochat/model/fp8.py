@@ -28,6 +28,4 @@ def convert_to_fp8(model: GPT) -> None:
             and module.in_features % 16 == module.out_features % 16 == 0
         )
 
-    convert_to_float8_training(
-        model, config=Float8LinearConfig.from_recipe_name("tensorwise"), module_filter_fn=fits
-    )
+    convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name("tensorwise"), module_filter_fn=fits)

@@ -8,7 +8,7 @@ pieces' updates on the way out. With one worker nothing is sent.
 
 Shapes: K matrices of one shape, M rows, N columns.
 Sources: Muon, K. Jordan 2024 (kellerjordan.github.io/posts/muon); Polar Express arXiv:2505.16932; variance reduction
-arXiv:2510.05491 (NorMuon); cautious decay arXiv:2510.12402; ZeRO arXiv:1910.02054; the recipe: nanochat optim.py@92d63d4.
+arXiv:2510.05491 (NorMuon); cautious decay arXiv:2510.12402; ZeRO arXiv:1910.02054; recipe: nanochat optim.py@92d63d4.
 Not covered: gradient clipping (the recipe has none), fp16 loss scaling.
 """
 
@@ -269,7 +269,7 @@ class MuonAdamW:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return this worker's state as `PARAMETER/KIND/LO/HI` -> rows LO..HI of that parameter's state.
 
-        Muon's factored second moment has 1 row where the parameter has more columns than rows; it then stands under 0/1.
+        Muon's factored second moment has 1 row where the parameter has more columns than rows: it stands under 0/1.
         """
         tensors = {}
         for piece, rows in self._slices.items():

@@ -44,10 +44,8 @@ def write_report(run_dir: str) -> str:
         "samples": storage.read_jsonl(folder.pretrain.samples)[::-1],
         "data": data_figures(_read(storage.join(folder.shards, MANIFEST)), prepared),
         "config": config_rows(prepared) + config_rows(trained),
-        "machine": machine_rows(trained or prepared),
-        "starts": [
-            record.get("note", "") for record in storage.read_jsonl(storage.join(folder.pretrain.root, "starts.jsonl"))
-        ],
+        "machine": machine_rows(trained or prepared, _read(folder.pretrain.machine)),
+        "starts": [record.get("note", "") for record in storage.read_jsonl(folder.pretrain.notes)],
     }
     return write_page(folder.report, "report.html", values)
 
@@ -125,9 +123,9 @@ def config_rows(config: Record) -> list[tuple[str, Any, bool]]:
     return rows
 
 
-def machine_rows(config: Record) -> list[tuple[str, Any]]:
+def machine_rows(config: Record, machine: Record) -> list[tuple[str, Any]]:
     """Return what made the run: the machine where it was noted, the versions, the commit."""
-    rows = list(config.get("machine", {}).items())
+    rows = list(machine.items())
     rows += [(f"{name} version", version) for name, version in config.get("versions", {}).items()]
     return rows + ([("commit", config["commit"])] if config.get("commit") else [])
 

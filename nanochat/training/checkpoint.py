@@ -1,9 +1,10 @@
-"""A training state to files and back: written in the background, verified by checksums, loadable on any number of workers.
+"""A training state to files and back: written in the background, verified, loadable on any number of workers.
 
-`checkpoints/step_000123/` holds model.safetensors and state.json (worker 0), optimizer_RR_of_WW.safetensors (every worker
-its own pieces), and checksums_RR_of_WW.json, which each worker writes after its files. The checkpoint exists if and only
-if the checksum files of all workers are there and verify: this is the only source of truth, so a kill at any moment
-leaves either a whole checkpoint or one that is passed over. Saving copies the tensors and returns; a thread writes.
+`checkpoints/step_000123/` holds model.safetensors and state.json (worker 0), optimizer_RR_of_WW.safetensors (every
+worker its own pieces), and checksums_RR_of_WW.json, which each worker writes after its files. The checkpoint exists if
+and only if the checksum files of all workers are there and verify: this is the only source of truth, so a kill at any
+moment leaves either a whole checkpoint or one that is passed over. Saving copies the tensors and returns; a thread
+writes.
 
 Not covered: sharded model weights (every worker has them all).
 """
@@ -38,7 +39,7 @@ def steps_found(checkpoints: str) -> list[int]:
 
 
 def problem_with(folder: str, verify: bool = True) -> str | None:
-    """Return why a folder is no complete checkpoint, or None; `verify` reads every byte, else only names are checked."""
+    """Return why a folder is no complete checkpoint, or None; `verify` reads every byte, else only names count."""
     names = set(storage.list_names(folder))
     if "state.json" not in names:
         return "state.json is missing"
@@ -89,7 +90,7 @@ class Checkpoint:
         state = storage.read_json(path)
         if state.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"checkpoint={self.folder}: has format {state.get('format_version')}, this code reads {FORMAT_VERSION}. "
+                f"checkpoint={self.folder}: has format {state.get('format_version')}, not {FORMAT_VERSION}. "
                 "Use the version of the code that wrote it."
             )
         return state

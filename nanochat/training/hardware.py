@@ -1,4 +1,4 @@
-"""What this process computes on: device, dtype, threads, allocator, memory and peak speed. Asked per run, never at import."""
+"""What this process computes on: device, dtype, threads, allocator, memory, peak speed. Asked per run, never early."""
 
 import ctypes
 import os

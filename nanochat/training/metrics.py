@@ -1,4 +1,4 @@
-"""Steps to numbers that a person and a program can read: metrics.jsonl, samples.jsonl, Weights & Biases, a progress line."""
+"""Steps to numbers for people and programs: metrics.jsonl, samples.jsonl, Weights & Biases, a progress line."""
 
 import json
 import time

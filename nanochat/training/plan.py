@@ -10,6 +10,7 @@ from nanochat.config.model import ModelConfig, stock
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.errors import ConfigError
 from nanochat.model import scaling
+from nanochat.model.attention import QUERY_BLOCK
 
 MAX_MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16, "mps": 1 << 14}
 """Larger micro-batches are no faster: measured on CPU (2 cores, 2026-11-22), nanochat's 32 x 2,048 on H100."""
@@ -95,14 +96,16 @@ def activation_bytes_per_row(model: ModelConfig, *, dtype_bytes: int, keeps_scor
     """Return what one row holds between forward and backward.
 
     A layer keeps 18 tensors of width n_embd (stream, norms, q, k, v and their rotations, attention output, two of the
-    MLP's 4x width) and, without FlashAttention, the weights of the keys each query sees. Recomputing keeps one.
+    MLP's 4x width) and, without FlashAttention, the float32 weights of the keys each block of queries sees and their
+    cast. Recomputing keeps one.
     """
     tokens = model.sequence_len
     per_layer = 18 * model.n_embd * tokens * dtype_bytes
     layers = 0
     largest = 0
     for window in model.windows:
-        scores = model.n_head * tokens * min(window, tokens) * dtype_bytes if keeps_scores else 0
+        keys = min(window + QUERY_BLOCK, tokens)
+        scores = model.n_head * tokens * keys * (4 + dtype_bytes) if keeps_scores else 0
         layer = per_layer + scores
         layers += model.n_embd * tokens * dtype_bytes if recompute else layer
         largest = max(largest, layer)

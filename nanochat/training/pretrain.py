@@ -40,7 +40,7 @@ from nanochat.training.checkpoint import (
     step_folder,
     steps_found,
 )
-from nanochat.training.hardware import Hardware, can_compile, choose_hardware
+from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
 from nanochat.training.metrics import MetricsWriter, StepClock
 from nanochat.training.schedules import schedule_at
 from nanochat.training.step import TrainingStep, split_rows
@@ -52,6 +52,7 @@ SAMPLE_PROMPTS = (
     "The opposite of hot is",
     "Once upon a time",
 )
+SAMPLE_TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ class _Pretraining:
         self.clock = StepClock(self.plan, self.hardware)
         self.saved_step = -1
         self.val_bpb: float | None = None
+        if run.rank == 0:
+            machine = describe_machine(self.hardware) | {
+                "workers": run.world_size,
+                "dtype_reason": self.hardware.reason,
+            }
+            storage.write_json(self.folder.machine, machine)
 
     def run(self) -> Checkpoint | None:
         """Train from wherever the stream stands."""
@@ -187,7 +194,7 @@ class _Pretraining:
             if obstacle is None:
                 model.compile()
             elif self.context.rank == 0:
-                self.context.progress(obstacle)
+                self.folder.note(obstacle)
         return model
 
     def _restore(self, step: int) -> None:
@@ -236,12 +243,10 @@ class _Pretraining:
                     raise
                 if size == 1:
                     self.model.recompute = True
-                    self.context.progress("out of memory with one row: activations are recomputed from now on")
+                    self.folder.note("out of memory with one row: activations are recomputed from now on")
                 else:
                     size //= 2
-                    self.context.progress(
-                        f"out of memory: the micro-batch is halved to {size} rows, the global batch stays"
-                    )
+                    self.folder.note(f"out of memory: the micro-batch is halved to {size} rows, the global batch stays")
             finally:
                 self.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -309,7 +314,7 @@ class _Pretraining:
             prompts = [[self.tokenizer.bos, *self.tokenizer.encode_ordinary(text)] for text in SAMPLE_PROMPTS]
             completions = complete(
                 self.model, prompts, max_new_tokens=self.config.sample_tokens, stop_token=self.tokenizer.bos,
-                temperature=0.7, top_k=40, seed=self.config.seed,
+                temperature=SAMPLE_TEMPERATURE, top_k=40, seed=self.config.seed,
             )  # fmt: skip
             texts = [self.tokenizer.decode(completion) for completion in completions]
             self.metrics.write_samples(step, dict(zip(SAMPLE_PROMPTS, texts, strict=True)))

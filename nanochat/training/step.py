@@ -27,7 +27,7 @@ class StepResult:
 
 
 def split_rows(rows_BT1: np.ndarray, micro_batch_rows: int) -> list[np.ndarray]:
-    """Cut rows into micro-batches of equal size; `micro_batch_rows` is a bound, the largest divisor below it is used."""
+    """Cut rows into equal micro-batches of at most `micro_batch_rows`: the largest divisor that is not above it."""
     size = max(d for d in range(1, min(micro_batch_rows, len(rows_BT1)) + 1) if len(rows_BT1) % d == 0)
     return [rows_BT1[lo : lo + size] for lo in range(0, len(rows_BT1), size)]
 

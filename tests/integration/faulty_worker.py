@@ -80,3 +80,22 @@ def worker_with(kills: list[Kill], folder: Path):
         trainer.train_worker(job)
 
     return train_worker
+
+
+def worker_whose_weights_turn_nan(step: int):
+    """Return a stand-in for `trainer.train_worker` in which a weight is NaN before the given step."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def train_worker(job):
+        whole, calls = TrainingStep.run, []
+
+        def run(self, *arguments, **options):
+            calls.append(1)
+            if len(calls) == step + 1:
+                self.model.lm_head.weight.data[0, 0] = float("nan")
+            return whole(self, *arguments, **options)
+
+        TrainingStep.run = run
+        trainer.train_worker(job)
+
+    return train_worker

@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(pretrain, untouched, runs
     content[-10] ^= 1
     (newest / "model.safetensors").write_bytes(content)
     assert pretrain(folder) is not None
-    notes = [record["note"] for record in read_jsonl(f"{folder}/starts.jsonl")]
+    notes = [record["note"] for record in read_jsonl(f"{folder}/notes.jsonl")]
     assert any("step_000018 is passed over: model.safetensors is damaged" in note for note in notes)
     assert notes[-1].endswith("starts at step 12")
     assert losses(folder) == losses(untouched)
@@ -145,21 +145,20 @@ def test_an_error_in_the_code_ends_the_run_at_once(pretrain, runs):
     folder = runs / "broken"
     with pytest.raises(KeyError, match="no such column"):
         pretrain(folder, worker=broken)
-    assert len(read_jsonl(f"{folder}/starts.jsonl")) == 1
+    assert len(read_jsonl(f"{folder}/notes.jsonl")) == 1
 
 
 def test_divergence_names_step_and_checkpoint(pretrain, runs):
-    folder = runs / "diverged"
-    import dataclasses
+    from faulty_worker import worker_whose_weights_turn_nan
 
-    wild = dataclasses.replace(TINY, matrix_lr=1e30, warmup_steps=0, checkpoint_every=1)
-    with pytest.raises(TrainingDivergedError, match=r"not finite at step \d+; the last good checkpoint is .*step_"):
-        pretrain(folder, config=wild, num_workers=1)
-    assert len(read_jsonl(f"{folder}/starts.jsonl")) == 1
+    folder = runs / "diverged"
+    with pytest.raises(TrainingDivergedError, match=r"not finite at step 8; the last good checkpoint is .*step_000006"):
+        pretrain(folder, worker=worker_whose_weights_turn_nan(8), num_workers=1)
+    assert len(read_jsonl(f"{folder}/notes.jsonl")) == 1
 
 
 def command(run_dir):
-    flags = "--depth 2 --head-dim 16 --n-embd 32 --window-pattern L --num-steps 400 --global-batch-tokens 512"
+    flags = "--depth 2 --head-dim 16 --n-embd 32 --window-pattern L --num-steps 300 --global-batch-tokens 512"
     more = "--dtype float32 --compile off --evaluate-every 0 --sample-every 0 --checkpoint-every 100 --log-every 10"
     return [sys.executable, "ray_jobs/pretrain.py", "--run-dir", str(run_dir), "--cpus-per-worker", "0.5",
             *flags.split(), *more.split()]  # fmt: skip
@@ -189,7 +188,7 @@ def test_interrupt_checkpoints_and_the_same_command_resumes(tiny_run, tmp_path):
     assert "run the same command to go on" in said
     assert len(said.splitlines()) < 12, said
     stopped_at = max(int(name.name[5:]) for name in (run_dir / "pretrain" / "checkpoints").iterdir())
-    assert 0 < stopped_at < 400
+    assert 0 < stopped_at < 300
 
     second = subprocess.Popen(command(run_dir), stderr=subprocess.PIPE, text=True, start_new_session=True)
     before = steps()
@@ -199,8 +198,8 @@ def test_interrupt_checkpoints_and_the_same_command_resumes(tiny_run, tmp_path):
 
     last = subprocess.run(command(run_dir), stderr=subprocess.PIPE, text=True, timeout=120)
     assert last.returncode == 0, last.stderr
-    assert sorted(losses(run_dir / "pretrain")) == [*range(0, 400, 10), 399]
-    notes = [record["note"] for record in read_jsonl(str(run_dir / "pretrain" / "starts.jsonl"))]
+    assert sorted(losses(run_dir / "pretrain")) == [*range(0, 300, 10), 299]
+    notes = [record["note"] for record in read_jsonl(str(run_dir / "pretrain" / "notes.jsonl"))]
     assert notes[1] == f"a worker group starts at step {stopped_at}"
     assert json.loads((run_dir / "pretrain" / "config.json").read_text())["identity"]["pretrain.depth"] == 2
 

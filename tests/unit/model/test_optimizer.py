@@ -91,7 +91,9 @@ def test_adamw_is_that_of_torch_and_of_the_formula():
         np.testing.assert_allclose(ours[name].detach().numpy(), by_formula[name], rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 64), (1, 128, 48), (1, 48, 128), (3, 32, 32), (5, 16, 96), (2, 4, 1), (2, 1, 7)])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64), (1, 128, 48), (1, 48, 128), (3, 32, 32), (5, 16, 96), (2, 4, 1), (2, 1, 7)]
+)
 @pytest.mark.parametrize("decades", [0.5, 1, 2])
 def test_polar_express_raises_all_singular_values_to_the_band(shape, decades):
     """The singular vectors stay; of values that span some decades, down to 1e-3 of the norm, each ends in 1 +- 0.15."""

@@ -35,9 +35,7 @@ def test_ten_steps_are_those_of_nanochat(test_data, letter):
         loss.backward()
         assert loss.item() == pytest.approx(float(losses_S[k]), abs=1e-4), f"step {k}"
         optimizer.step(
-            StepSchedule(
-                lr_factor=0.1 * (k + 1), muon_momentum=0.85 + 0.01 * k, muon_weight_decay=0.1 * (1 - k / 10)
-            )
+            StepSchedule(lr_factor=0.1 * (k + 1), muon_momentum=0.85 + 0.01 * k, muon_weight_decay=0.1 * (1 - k / 10))
         )
         if k + 1 in BOUND:
             trained = load_file(folder / f"trained_{letter}_step{k + 1:02d}.safetensors")

@@ -117,9 +117,8 @@ def test_config_values_other_than_the_default_are_marked(tiny_run):
 
 def test_a_noted_machine_is_shown(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
-    path = str(tmp_path / "run/pretrain/config.json")
     machine = {"device": "A <fast> CPU", "memory_bytes": 16 * 10**9}
-    storage.write_json(path, storage.read_json(path) | {"machine": machine})
+    storage.write_json(str(tmp_path / "run/pretrain/machine.json"), machine)
     text = Page(read(write_report(str(tmp_path / "run")))).text
     assert "device A <fast> CPU memory bytes 16 GB" in text
 

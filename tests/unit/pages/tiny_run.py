@@ -80,4 +80,4 @@ def write_pretraining(folder: str, vocab_size: int) -> None:
         storage.append_jsonl(folder + "/metrics.jsonl", record)
     # A lone surrogate can stand in JSON, though not in UTF-8.
     Path(folder, "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in SAMPLES))
-    storage.append_jsonl(folder + "/starts.jsonl", {"note": "a worker group starts at step 4"})
+    storage.append_jsonl(folder + "/notes.jsonl", {"note": "a worker group starts at step 4"})
