@@ -9,7 +9,8 @@ evaluation  checkpoint -> scores: bits per byte
 pages       a run -> report.html and walk.html
 cluster     the only Ray code: sessions, parallel maps, data streams, trainers
 
-Beside them: errors.py (what can go wrong), storage.py (where files lie), run_context.py (who a worker is).
+Beside them: errors.py (what can go wrong), storage.py (where files lie), run_context.py (who a worker is),
+provenance.py (what made an artifact).
 """
 
 __version__ = "0.1.0"

@@ -68,9 +68,10 @@ def list_names(folder: str) -> list[str]:
     """Return the sorted names in a folder; none if it does not exist."""
     fs, inner = filesystem(folder)
     fs.invalidate_cache(inner)
-    if not fs.exists(inner):
+    try:
+        return sorted(name_of(str(path)) for path in fs.ls(inner, detail=False))
+    except FileNotFoundError:
         return []
-    return sorted(name_of(str(path)) for path in fs.ls(inner, detail=False))
 
 
 def make_folder(folder: str) -> None:
@@ -138,14 +139,19 @@ def append_jsonl(path: str, record: dict[str, Any]) -> None:
     """Append one line to a JSONL file (object stores: rewritten whole, so keep such files small)."""
     fs, inner = filesystem(path)
     fs.makedirs(os.path.dirname(inner), exist_ok=True)
-    line = json.dumps(record, ensure_ascii=False) + "\n"
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     if isinstance(fs, LocalFileSystem):
-        with open(inner, "a", encoding="utf-8") as file:
+        with open(inner, "a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash or a full disk cut the last line: it goes
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
             file.write(line)
         return
     before = bytes(fs.cat_file(inner)) if fs.exists(inner) else b""
     with atomic_write(path) as remote:
-        remote.write(before + line.encode())
+        remote.write(before + line)
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ training workers; under `ray job submit`, or with an address, it joins the clust
 import contextlib
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -79,15 +80,17 @@ def ray_map(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """
     task = ray.remote(max_retries=3)(_apply)
     function = ray.put(fn)
-    pending = [task.remote(function, item) for item in items]
+    ahead = 2 * int(ray.cluster_resources().get("CPU", 1))  # also bounds what still runs after an error
+    pending: deque[Any] = deque()
     try:
-        for reference in pending:
-            yield ray.get(reference)
+        for item in items:
+            pending.append(task.remote(function, item))
+            if len(pending) > ahead:
+                yield ray.get(pending.popleft())
+        while pending:
+            yield ray.get(pending.popleft())
     except ray.exceptions.RayTaskError as err:
         raise err.cause from None
-    finally:
-        for reference in pending:
-            ray.cancel(reference)
 
 
 def _apply(fn: Callable[[Any], Any], item: Any) -> Any:

@@ -56,6 +56,8 @@ def problem_with(folder: str, verify: bool = True) -> str | None:
                     return f"{name} is missing"
                 if verify and storage.sha256_file(storage.join(folder, name)) != sha256:
                     return f"{name} is damaged: its checksum differs"
+    except FileNotFoundError as err:
+        return f"it is being deleted ({err})"
     except (ValueError, KeyError, TypeError) as err:
         return f"its JSON is damaged ({err})"
     return None

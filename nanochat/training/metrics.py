@@ -82,8 +82,9 @@ class MetricsWriter:
         if not self.enabled:
             return
         for path in (self.folder.metrics, self.folder.samples):
-            if storage.exists(path):  # rewritten even if all stays: its last line may be cut, and is to be appended to
-                kept = [record for record in storage.read_jsonl(path) if record["step"] < step]
+            before = storage.read_jsonl(path)
+            kept = [record for record in before if record["step"] < step]
+            if len(kept) < len(before):
                 with storage.atomic_write(path) as file:
                     file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 

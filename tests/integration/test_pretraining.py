@@ -84,7 +84,7 @@ def untouched(pretrain, runs):
 
 
 def test_kills_change_nothing(pretrain, untouched, runs):
-    """Kill -9 in a step, during a checkpoint and just after one: same losses, rows, weights and optimiser, bit for bit."""
+    """Kill -9 in a step, during a checkpoint, just after one: same losses, rows, weights, optimiser, bit for bit."""
     from faulty_worker import Kill, worker_with
 
     folder = runs / "killed"
@@ -119,6 +119,17 @@ def test_a_checkpoint_of_two_workers_continues_on_one(pretrain, untouched, runs)
     assert pretrain(folder, num_workers=1) is not None
     got, expected = losses(folder), losses(untouched)
     assert set(got) == set(range(12, 18))
+    assert max(abs(got[step] - expected[step]) for step in got) < 1e-4
+
+
+@pytest.mark.slow
+def test_elastic_workers_start_with_what_fits(pretrain, untouched, runs):
+    """Four are asked for and two fit: training begins with two, on the same rows."""
+    folder = runs / "elastic"
+    assert pretrain(folder, num_workers=4, min_workers=1, cpus_per_worker=1.5) is not None
+    assert Checkpoint(step_folder(f"{folder}/checkpoints", 18)).state["world_size"] == 2
+    got, expected = losses(folder), losses(untouched)
+    assert got.keys() == expected.keys()
     assert max(abs(got[step] - expected[step]) for step in got) < 1e-4
 
 

@@ -46,15 +46,20 @@ def test_while_it_is_written_a_file_is_not_seen(root):
     assert storage.exists(path)
 
 
+def fail_half_way(path: str, error: type[BaseException]) -> None:
+    with storage.atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("before", [None, b"what was there"])
 def test_a_failed_write_changes_nothing(root, before, error):
     path = storage.join(root, "b.bin")
     if before is not None:
         put(path, before)
-    with pytest.raises(error), storage.atomic_write(path) as file:
-        file.write(b"half")
-        raise error
+    with pytest.raises(error):
+        fail_half_way(path, error)
     assert storage.list_names(root) == ([] if before is None else ["b.bin"])
     assert before is None or get(path) == before
 
@@ -97,6 +102,17 @@ def test_a_last_line_that_a_crash_cut_is_passed_over(tmp_path, cut):
     line = json.dumps({"step": 1, "x": "\u00e9" * 3}, ensure_ascii=False).encode()
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line[:-cut])
     assert storage.read_jsonl(path) == [{"step": 0}]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11])
+def test_a_cut_line_is_not_grown_into(tmp_path, cut):
+    """What is appended after a crash stands on a line of its own, and the cut line is gone."""
+    path = str(tmp_path / "metrics.jsonl")
+    for before in (b'{"step": 0}\n', b""):
+        (tmp_path / "metrics.jsonl").write_bytes(before + b'{"step": 1}\n'[:-cut])
+        for step in (2, 3):
+            storage.append_jsonl(path, {"step": step})
+        assert get(path) == before + b'{"step": 2}\n{"step": 3}\n'
 
 
 def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path):

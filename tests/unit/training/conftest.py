@@ -1,84 +1,21 @@
-"""A tokenizer and token shards of a few sentences, made once: 300 tokens, rows of 32, about 300 training rows."""
-
-import random
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+"""Runs of pretraining in this process, from text that is prepared once."""
 
 import pytest
+from tiny_pretraining import Prepared, Run, prepare
 
-from nanochat.config.corpus import CorpusConfig
-from nanochat.config.pretrain import PretrainConfig
-from nanochat.config.shards import ShardsConfig
-from nanochat.config.tokenizer import TokenizerConfig
-from nanochat.data.corpora import prepare_corpus
-from nanochat.data.row_order import RowReader
-from nanochat.data.token_shards import TokenShards, write_token_shards
-from nanochat.data.tokenizer import Tokenizer, train_tokenizer
-from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
-from nanochat.training import pretrain as pretraining
-from nanochat.training.checkpoint import Checkpoint, newest_checkpoint
-from nanochat.training.plan import resolve
-
-WORDS = ["red", "green", "apple", "pear", "runs", "sleeps", "under", "the", "a", "quick", "caf\u00e9"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    tokenizer: Tokenizer
-    shards: TokenShards
-
-
-@dataclass
-class Run:
-    """Pretraining in this process, in one folder."""
-
-    prepared: Prepared
-    folder: StageFolder
-    said: list[str] = field(default_factory=list)
-
-    def inputs(self, config: PretrainConfig, rows_per_step: int) -> pretraining.PretrainInputs:
-        shards = self.prepared.shards
-        first = newest_checkpoint(self.folder.checkpoints, self.said.append) or 0
-        stream = pretraining.local_stream(RowReader(shards, "train", config.seed), rows_per_step, first)
-        return pretraining.PretrainInputs(self.prepared.tokenizer, shards, stream, self.folder)
-
-    def __call__(self, config: PretrainConfig) -> Checkpoint | None:
-        plan = resolve(config, self.prepared.tokenizer.vocab_size, self.prepared.shards.sequence_len)
-        context = RunContext(progress=self.said.append)
-        return pretraining.pretrain(config, context, self.inputs(config, plan.rows_per_step))
-
-
-def tiny_config(**changes: Any) -> PretrainConfig:
-    """Three layers of width 32, eight rows of 32 tokens a step, twelve steps, float32."""
-    fields = {
-        "depth": 3, "head_dim": 16, "n_embd": 32, "global_batch_tokens": 256, "lr_batch_tokens": 2**17, "num_steps": 12,
-        "warmup_steps": 2, "dtype": "float32", "compile": "off", "micro_batch_rows": 4, "evaluate_every": 4,
-        "sample_every": 3, "checkpoint_every": 3, "sample_tokens": 4, "log_every": 1, "log_row_ids": True,
-    }  # fmt: skip
-    return PretrainConfig(**(fields | changes))
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Prepared:
-    root: Path = tmp_path_factory.mktemp("tiny")
-    draw = random.Random(0)
-    for number in range(3):
-        texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(80)]
-        lines = "".join('{"text": "' + text + '"}\n' for text in texts)
-        (root / f"text_{number}.jsonl").write_text(lines, encoding="utf-8")
-    run = RunContext()
-    corpus = prepare_corpus(CorpusConfig(corpus=str(root / "*.jsonl")), run, str(root / "text"), None)
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), run, corpus)
-    return Prepared(
-        tokenizer, write_token_shards(ShardsConfig(sequence_len=32), run, corpus, tokenizer, str(root / "s"))
-    )
+    """A tokenizer and token shards of a few sentences."""
+    return prepare(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def on_one_core(monkeypatch):
     """Training in this process runs on one core and on no GPU, so that its numbers are the same everywhere."""
+    monkeypatch.setattr("nanochat.training.pretrain.gc.collect", lambda: 0)  # 0.2 s in the heap of a test session
     monkeypatch.setattr("nanochat.training.hardware.psutil.cpu_count", lambda logical: 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)

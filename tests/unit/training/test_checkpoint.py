@@ -183,7 +183,7 @@ def test_another_format_is_refused(tmp_path):
     folder = write(str(tmp_path), 1)
     state = storage.read_json(f"{folder}/state.json")
     storage.write_json(f"{folder}/state.json", state | {"format_version": 99})
-    with pytest.raises(CheckpointError, match="has format 99, this code reads 1"):
+    with pytest.raises(CheckpointError, match=r"has format 99, not 1\. Use the version of the code"):
         _ = Checkpoint(folder).state
 
 
@@ -231,6 +231,18 @@ def test_a_checkpoint_that_another_worker_still_writes_is_not_deleted(tmp_path):
     slow.save(3, {}, {}, {})
     slow.wait()
     assert newest_checkpoint(root, lambda note: None) == 3
+
+
+def test_a_checkpoint_that_goes_while_it_is_looked_at_is_none(root, monkeypatch):
+    folder = write(root, 3)
+    read_json = storage.read_json
+
+    def gone(path: str):
+        storage.remove(folder)
+        return read_json(path)
+
+    monkeypatch.setattr(storage, "read_json", gone)
+    assert str(problem_with(folder)).startswith("it is being deleted")
 
 
 def test_deleting_begins_with_the_checksums(tmp_path, monkeypatch):

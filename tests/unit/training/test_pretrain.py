@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import Run, tiny_config
+from tiny_pretraining import Run, tiny_config
 
 from nanochat import storage
 from nanochat.data.row_order import RowReader
 from nanochat.errors import CheckpointError, TokenizerMismatchError, TrainingDivergedError
+from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
 from nanochat.model.gpt import GPT
 from nanochat.storage import StageFolder
 from nanochat.training import pretrain as pretraining
@@ -202,7 +203,7 @@ def test_a_last_update_that_breaks_the_model_is_no_success(new_run, monkeypatch)
 
 def test_the_loss_falls_on_text_that_can_be_learned(new_run):
     run = new_run()
-    run(tiny_config(num_steps=40, evaluate_every=0, sample_every=0, checkpoint_every=0))
+    run(tiny_config(num_steps=30, evaluate_every=0, sample_every=0, checkpoint_every=0))
     losses = [record["loss"] for record in storage.read_jsonl(run.folder.metrics) if "loss" in record]
     assert losses[0] == pytest.approx(math.log(300), abs=0.1)
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
@@ -211,8 +212,9 @@ def test_the_loss_falls_on_text_that_can_be_learned(new_run):
 def test_validation_counts_each_text_byte_once(new_run, prepared):
     """The last score of a run, by the slow way: the saved model on one row after the other."""
     run = new_run()
-    checkpoint = run(tiny_config(num_steps=2, micro_batch_rows=3))
+    checkpoint = run(tiny_config(num_steps=2, micro_batch_rows=3, evaluate_every=0, validation_tokens=10**6))
     score = storage.read_jsonl(run.folder.metrics)[-1]["val_bpb"]
+    assert prepared.shards.rows("validation") % 4 != 0, "the last batch is filled up"
     model = GPT(pretraining.planning.resolve_model(tiny_config(), prepared.tokenizer.vocab_size, 32))
     model.load_state_dict(checkpoint.model_tensors())
     nats, text = 0.0, b""
@@ -229,13 +231,21 @@ def test_validation_counts_each_text_byte_once(new_run, prepared):
     assert score == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
 
-def test_document_masking_trains_and_validates_with_the_mask(new_run):
+def test_document_masking_trains_and_validates_with_the_mask(new_run, prepared):
+    config = tiny_config(num_steps=8, document_masking=True, evaluate_every=0, validation_tokens=10**6)
+    masked, plain = new_run("masked"), new_run("plain")
+    checkpoint = masked(config)
+    plain(replace(config, document_masking=False))
+    assert losses_of(masked)[1:] != losses_of(plain)[1:]
+    model = GPT(pretraining.planning.resolve_model(config, prepared.tokenizer.vocab_size, 32))
+    model.load_state_dict(checkpoint.model_tensors())
+    bos, token_bytes_V = prepared.tokenizer.bos, torch.from_numpy(prepared.tokenizer.token_bytes())
     scores = []
-    for masking in (False, True):
-        run = new_run(str(masking))
-        run(tiny_config(num_steps=30, document_masking=masking, checkpoint_every=0, sample_every=0, evaluate_every=0))
-        scores.append(storage.read_jsonl(run.folder.metrics)[-1]["val_bpb"])
-    assert scores[0] != scores[1]
+    for hides in (bos, None):
+        rows = prepared.shards.validation_batches(rows=16, limit=10**6, padding=bos)
+        scores.append(bits_per_byte(*count_nats_and_bytes(model, rows, token_bytes_V, hides).tolist()))
+    assert scores[0] != pytest.approx(scores[1], rel=1e-5)
+    assert storage.read_jsonl(masked.folder.metrics)[-1]["val_bpb"] == pytest.approx(scores[0], rel=1e-6)
 
 
 class _SmallMemory:
@@ -254,18 +264,22 @@ class _SmallMemory:
         monkeypatch.setattr(TrainingStep, "backward", limited)
 
 
+def notes_of(run: Run) -> list[str]:
+    return [record["note"] for record in storage.read_jsonl(run.folder.notes)]
+
+
 def losses_of(run: Run) -> list[float]:
     return [record["loss"] for record in storage.read_jsonl(run.folder.metrics) if "loss" in record]
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch(new_run, monkeypatch):
-    config = tiny_config(micro_batch_rows=8, num_steps=4)
+    config = tiny_config(micro_batch_rows=8, num_steps=4, lr_batch_tokens=256)
     roomy, tight = new_run("roomy"), new_run("tight")
     roomy(config)
     memory = _SmallMemory(monkeypatch, rows=2)
     tight(config)
     assert memory.sizes == [8, 4, 2, 2] + [2] * 16
-    assert tight.said == [
+    assert notes_of(tight) == [
         "out of memory: the micro-batch is halved to 4 rows, the global batch stays",
         "out of memory: the micro-batch is halved to 2 rows, the global batch stays",
     ]
@@ -274,13 +288,13 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch(new_run
 
 
 def test_out_of_memory_with_one_row_recomputes_activations(new_run, monkeypatch):
-    config = tiny_config(micro_batch_rows=2, num_steps=2)
+    config = tiny_config(micro_batch_rows=2, num_steps=2, lr_batch_tokens=256)
     roomy, tight = new_run("roomy"), new_run("tight")
     roomy(config)
     memory = _SmallMemory(monkeypatch, rows=8, needs_recompute=True)
     tight(config)
     assert memory.sizes == [2, 1, 1, 1] + [1] * 16
-    assert tight.said[-1] == "out of memory with one row: activations are recomputed from now on"
+    assert notes_of(tight)[-1] == "out of memory with one row: activations are recomputed from now on"
     assert losses_of(tight) == pytest.approx(losses_of(roomy), abs=1e-5)
 
 

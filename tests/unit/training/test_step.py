@@ -83,7 +83,7 @@ def gradients(micro_batch_rows: int) -> dict[str, torch.Tensor]:
 def test_accumulated_gradients_are_those_of_the_whole(micro_batch_rows):
     whole, parts = gradients(8), gradients(micro_batch_rows)
     for name, gradient in whole.items():
-        assert (parts[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+        assert (parts[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
 def test_one_times_eight_rows_train_as_four_times_two():

@@ -64,7 +64,7 @@ def test_a_checkpoint_of_one_worker_goes_on_on_several(one, several):
 
 @pytest.mark.parametrize("reads", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_several_workers_goes_on_on_another_number(several, reads, tmp_path):
-    outcomes = worker_group.run_workers(reads, tmp_path / "read", f"{several[0]}/checkpoints")
+    outcomes = worker_group.run_workers(reads, tmp_path / "read", f"{several[0]}/checkpoints", train=False)
     for outcome in outcomes:
         assert outcome["resumed"] == pytest.approx(several[1][0]["continued"], abs=1e-5)
     if reads == len(several[1]):
@@ -72,5 +72,5 @@ def test_a_checkpoint_of_several_workers_goes_on_on_another_number(several, read
 
 
 def test_one_worker_resumes_bit_for_bit(one, tmp_path):
-    outcome = worker_group.run_workers(1, tmp_path / "again", f"{one[0]}/checkpoints")[0]
+    outcome = worker_group.run_workers(1, tmp_path / "again", f"{one[0]}/checkpoints", train=False)[0]
     assert outcome["resumed"] == one[1]["continued"]

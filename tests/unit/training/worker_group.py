@@ -1,13 +1,13 @@
 """Workers of one process group on this machine: what each of them runs, and how a test starts them.
 
-They are forked from a server that has imported torch once; a test's own process, whose autograd runs threads, cannot be.
+They are forked from a server that has imported torch once: a test's own process, whose autograd has threads, cannot be
+forked.
 """
 
 import json
 import multiprocessing
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Worker:
                 for parameter in self.model.parameters():
                     parameter.normal_(generator=draw).mul_(0.2)
         self.parameters = dict(self.model.named_parameters())
-        groups = parameter_groups(CONFIG, list(self.parameters), LearningRates(), 0.1)
+        groups = parameter_groups(CONFIG, list(self.parameters), LearningRates(), 0.03)
         self.optimizer = MuonAdamW(self.parameters, groups, muon_dtype=torch.float32, rank=rank, world_size=world_size)
         self.step = TrainingStep(
             self.model, self.optimizer, tokenizer=_Tokenizer(), document_masking=False, micro_batch_rows=2
@@ -85,10 +85,20 @@ class Worker:
         self.optimizer.set_step(step)
 
 
-def run_worker(rank: int, world_size: int, folder: str, resume_from: str | None) -> dict[str, Any]:
-    """Do as one worker what the tests compare; tensors go into files of `folder`, the rest is returned."""
+def run_worker(rank: int, world_size: int, folder: str, resume_from: str | None, train: bool) -> dict[str, Any]:
+    """Train, resume from a checkpoint, or both, as one worker; returns the losses by what was done."""
+    outcome = train_and_save(rank, world_size, folder) if train else {}
+    if resume_from is not None:
+        resumed = Worker(rank, world_size, False)
+        resumed.load(resume_from, 5)
+        outcome["resumed"] = resumed.train(range(5, 10))
+    return outcome
+
+
+def train_and_save(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """Train from three starting points; the optimiser state after one step and a checkpoint go into `folder`."""
     outcome: dict[str, Any] = {"randomised": Worker(rank, world_size, True).train(range(20), stop_in=17)}
-    outcome["default"] = Worker(rank, world_size, False).train(range(20))
+    outcome["default"] = Worker(rank, world_size, False).train(range(12))
     one_step = Worker(rank, world_size, True)
     one_step.train(range(1))
     state = {name: value.contiguous() for name, value in one_step.optimizer.state_tensors().items()}
@@ -98,34 +108,31 @@ def run_worker(rank: int, world_size: int, folder: str, resume_from: str | None)
     saved.train(range(5))
     saved.save(f"{folder}/checkpoints", 5)
     outcome["continued"] = saved.train(range(5, 10))
-    if resume_from is not None:
-        resumed = Worker(rank, world_size, False)
-        resumed.load(resume_from, 5)
-        outcome["resumed"] = resumed.train(range(5, 10))
     return outcome
 
 
-def _process(rank: int, world_size: int, folder: str, resume_from: str | None) -> None:
+def _process(rank: int, world_size: int, folder: str, resume_from: str | None, train: bool) -> None:
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as _:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-        outcome = run_worker(rank, world_size, folder, resume_from)
-        Path(f"{folder}/outcome_{rank}.json").write_text(json.dumps(outcome))
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    outcome = run_worker(rank, world_size, folder, resume_from, train)
+    Path(f"{folder}/outcome_{rank}.json").write_text(json.dumps(outcome))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def run_workers(world_size: int, folder: Path, resume_from: str | None = None) -> list[dict[str, Any]]:
+def run_workers(
+    world_size: int, folder: Path, resume_from: str | None = None, train: bool = True
+) -> list[dict[str, Any]]:
     """Run that many workers, one in this process or several in their own; returns what each returned."""
     folder.mkdir()
     if world_size == 1:
-        return [run_worker(0, 1, str(folder), resume_from)]
+        return [run_worker(0, 1, str(folder), resume_from, train)]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["worker_group"])
+    context.set_forkserver_preload(["nanochat.training.step", "nanochat.training.checkpoint"])
     processes = [
-        context.Process(target=_process, args=(rank, world_size, str(folder), resume_from))
+        context.Process(target=_process, args=(rank, world_size, str(folder), resume_from, train))
         for rank in range(world_size)
     ]
     for process in processes:

@@ -1,0 +1,43 @@
+"""The tree of errors: drawn as it is, survives pickling, and each class is raised somewhere."""
+
+import inspect
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+import nanochat
+from nanochat import errors
+
+CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_error_survives_pickling_with_its_message(cls):
+    message = "depth=0: must be at least 1. Leave it out for the default."
+    copy = pickle.loads(pickle.dumps(cls(message)))
+    assert type(copy) is cls
+    assert str(copy) == message
+    assert copy.args == (message,)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_error_is_in_the_drawing_and_is_a_nanochat_error(cls):
+    assert issubclass(cls, errors.NanochatError)
+    assert inspect.getdoc(cls)
+    assert re.search(rf"^ *{cls.__name__}\b", errors.__doc__ or "", re.MULTILINE)
+
+
+def test_a_config_error_is_a_value_error_for_the_command_line():
+    assert issubclass(errors.ConfigError, ValueError)
+    others = set(CLASSES) - {errors.ConfigError}
+    assert not any(issubclass(cls, ValueError) for cls in others)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls is not errors.NanochatError])
+def test_every_error_is_raised_somewhere(cls):
+    root = Path(nanochat.__file__).parent
+    sources = [path.read_text() for path in root.rglob("*.py") if path.name != "errors.py"]
+    made = re.compile(rf"\b{cls.__name__}\(")
+    assert any(made.search(source) for source in sources)

@@ -1,0 +1,134 @@
+"""Clock, records and the progress line."""
+
+import sys
+
+import pytest
+import torch
+
+from nanochat import storage
+from nanochat.config.pretrain import PretrainConfig
+from nanochat.errors import ConfigError
+from nanochat.storage import StageFolder
+from nanochat.training import metrics
+from nanochat.training.hardware import Hardware
+from nanochat.training.metrics import MetricsWriter, StepClock, progress_line
+from nanochat.training.plan import resolve
+
+PLAN = resolve(PretrainConfig(depth=1, global_batch_tokens=1024, num_steps=10), 300, 128)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A StepClock whose time the test sets: clock.now_s."""
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock.now_s)
+    StepClock.now_s = 100.0
+    clock = StepClock.__new__(StepClock)
+    clock.now_s = 100.0
+    clock.__init__(PLAN, Hardware(torch.device("cpu"), torch.float32, "asked for"))
+    yield clock
+    del StepClock.now_s
+
+
+def test_rates_are_of_the_steps_alone(clock):
+    """Two steps of 2 s and 4 s, of which 0.6 s waiting for rows; 50 s of evaluation between them do not count."""
+    clock.start(3)
+    clock.now_s += 2
+    clock.step_done()
+    clock.now_s += 50
+    clock.skip()
+    clock.waited_s += 0.6
+    clock.now_s += 4
+    clock.step_done()
+    record = clock.lap(4)
+    assert record["step_s"] == pytest.approx(3)
+    assert record["tokens"] == 5 * 1024
+    assert record["tokens_per_s"] == pytest.approx(2048 / 6)
+    assert record["flops_per_s"] == pytest.approx(2048 / 6 * PLAN.flops_per_token)
+    assert record["mfu"] is None
+    assert record["data_wait_s"] == pytest.approx(0.6)
+    assert record["data_wait_share"] == pytest.approx(0.1)
+    assert record["training_s"] == pytest.approx(6)
+    assert record["eta_s"] == pytest.approx(5 * 3)
+    clock.now_s += 1
+    clock.step_done()
+    record = clock.lap(5)
+    assert record["step_s"] == pytest.approx(1)
+    assert record["data_wait_share"] == 0
+    assert record["training_s"] == pytest.approx(7)
+
+
+def test_a_look_is_due_after_its_seconds(clock):
+    assert not clock.every(2.0)
+    clock.now_s += 2.5
+    assert clock.every(2.0)
+    assert not clock.every(2.0)
+
+
+def writer(folder: StageFolder, enabled: bool = True) -> MetricsWriter:
+    return MetricsWriter(folder, enabled=enabled, wandb=False, config={})
+
+
+def test_records_of_a_killed_attempt_are_dropped(tmp_path):
+    folder = StageFolder(str(tmp_path))
+    first = writer(folder)
+    for step in range(6):
+        first.write({"step": step, "loss": float(step)})
+        first.write_samples(step, {"a": "b"})
+    again = writer(folder)
+    again.begin(4)
+    again.write({"step": 4, "loss": 40.0})
+    assert [record["loss"] for record in storage.read_jsonl(folder.metrics)] == [0, 1, 2, 3, 40]
+    assert [record["step"] for record in storage.read_jsonl(folder.samples)] == [0, 1, 2, 3]
+    again.begin(0)
+    assert storage.read_jsonl(folder.metrics) == []
+
+
+def test_only_the_first_worker_writes(tmp_path):
+    folder = StageFolder(str(tmp_path))
+    writer(folder).write({"step": 7})
+    other = writer(folder, enabled=False)
+    other.begin(0)
+    other.write({"step": 1})
+    other.write_samples(1, {})
+    other.close()
+    assert storage.list_names(str(tmp_path)) == ["metrics.jsonl"]
+    assert storage.read_jsonl(folder.metrics) == [{"step": 7}]
+
+
+def test_without_wandb_its_flag_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"wandb=True: the package is not installed. Run: pip install wandb"):
+        MetricsWriter(StageFolder(str(tmp_path)), enabled=True, wandb=True, config={})
+
+
+def test_wandb_gets_every_record_and_is_closed(tmp_path, monkeypatch):
+    calls: list = []
+
+    class _Wandb:
+        def init(self, **arguments):
+            calls.append(("init", arguments))
+            return self
+
+        def log(self, values, step):
+            calls.append(("log", values, step))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    monkeypatch.setitem(sys.modules, "wandb", _Wandb())
+    logged = MetricsWriter(StageFolder(str(tmp_path)), enabled=True, wandb=True, config={"depth": 4})
+    logged.write({"step": 3, "loss": 1.5})
+    logged.close()
+    assert calls[0][1]["config"] == {"depth": 4}
+    assert calls[0][1]["resume"] == "allow"
+    assert calls[1:] == [("log", {"loss": 1.5}, 3), ("finish",)]
+
+
+RECORD = {"step": 41, "loss": 3.14159, "tokens_per_s": 12345.6, "flops_per_s": 4.56e11, "data_wait_share": 0.0123}
+
+
+def test_the_progress_line():
+    line = progress_line(RECORD | {"mfu": None, "eta_s": 125.4}, 300, None)
+    assert line == "step    42/300  loss 3.142  val bpb -  12,346 tok/s, 456 GFLOP/s  data wait 1.2%  left 2:05"
+    line = progress_line(RECORD | {"mfu": 0.456, "eta_s": 59.6}, 300, 1.98765)
+    assert line == "step    42/300  loss 3.142  val bpb 1.988  12,346 tok/s, 45.6% MFU  data wait 1.2%  left 1:00"
