@@ -1,6 +1,7 @@
 # Two commands for everyone: `make demo` and `make test`. Both make .venv by themselves.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 TORCH_INDEX ?=
 RUN_DIR ?= runs/demo
 DEMO_FLAGS ?=

@@ -4,9 +4,9 @@ set -u
 python=$1
 fail() { echo "error: $1" >&2; exit 1; }
 
-[ -n "$python" ] || fail "no python3 found. Install Python 3.11 or newer (Debian: apt-get install python3 python3-venv)."
+[ -n "$python" ] || fail "no Python 3.11 or newer found. Install one (Debian: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3.12"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  fail "$python is $("$python" -V 2>&1): 3.11 or newer is needed. Install one, or name it: make PYTHON=/path/to/python3.12"
+  fail "$python is older than 3.11. Install a newer one, or name it: make PYTHON=/path/to/python3.12"
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
   fail "$python has no venv. Install it (Debian: apt-get install python3-venv)."
 command -v g++ >/dev/null || command -v clang++ >/dev/null ||
