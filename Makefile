@@ -48,11 +48,11 @@ format: .venv/installed-dev
 	@./prerequisites.sh "$(PYTHON)"
 	@test -x $(bin)/python || "$(PYTHON)" -m venv .venv
 	@echo "installing into .venv: about 1.8 GB with the CPU build of torch, 6 GB with CUDA; minutes, once"
-	@$(pip) install -q $(index) -e .
+	@$(pip) install -qq $(index) -e .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(pip) install -q $(index) -e .[dev]
+	@$(pip) install -qq $(index) -e .[dev]
 	@touch $@
 
 clean:

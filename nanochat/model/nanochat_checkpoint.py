@@ -1,7 +1,7 @@
 """nanochat's own checkpoints to our model: its parameter names are ours, its dtypes are not.
 
-nanochat saves `model_000123.pt` (a torch state dict, embeddings in bf16) beside `meta_000123.json` with the sizes. It is
-read with weights_only=True, so a stranger's file cannot run code. Source: nanochat checkpoint_manager.py@92d63d4.
+nanochat saves `model_000123.pt` (a torch state dict, embeddings in bf16) beside `meta_000123.json` with the sizes. It
+is read with weights_only=True, so a stranger's file cannot run code. Source: nanochat checkpoint_manager.py@92d63d4.
 Not covered: its optimiser state, and its pickled tokenizer.
 """
 

@@ -55,5 +55,5 @@ def test_refuses_what_is_no_state_dict(tmp_path):
     with pytest.raises(CheckpointError, match="holds no state dict"):
         load_nanochat_checkpoint(*write(tmp_path, [1, 2]))
     (tmp_path / "meta_000010.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="lacks model_config.sequence_len"):
+    with pytest.raises(CheckpointError, match=r"lacks model_config\.sequence_len"):
         load_nanochat_checkpoint(str(tmp_path / "model_000010.pt"), str(tmp_path / "meta_000010.json"))
