@@ -23,7 +23,7 @@ class DemoConfig:
     """pydocs (inside every Python), or a path, glob or URI of .parquet / .jsonl files with a `text` column."""
     depth: int = 4
     """The dial; 4 layers train in minutes on two cores."""
-    num_steps: int = 300
+    num_steps: int = 200
     """Steps of 8,192 tokens."""
     run_dir: str = "runs/demo"
     """Where everything goes."""
@@ -63,7 +63,7 @@ def _run(config: DemoConfig, log_path: str) -> None:
 
 
 def demo_pretraining(config: DemoConfig) -> PretrainConfig:
-    """Return the demo's pretraining: small batches, so that 300 steps are enough to read like documentation."""
+    """Return the demo's pretraining: small batches, so that 200 steps are enough to read like documentation."""
     return PretrainConfig(
         depth=config.depth, head_dim=64, window_pattern="L", global_batch_tokens=8192, num_steps=config.num_steps,
         evaluate_every=50, sample_every=100, checkpoint_every=100, log_every=5,
