@@ -23,8 +23,8 @@ class DemoConfig:
     """pydocs (inside every Python), or a path, glob or URI of .parquet / .jsonl files with a `text` column."""
     depth: int = 4
     """The dial; 4 layers train in minutes on two cores."""
-    num_steps: int = 200
-    """Steps of 8,192 tokens."""
+    num_steps: int = 360
+    """Steps of 4,096 tokens."""
     run_dir: str = "runs/demo"
     """Where everything goes."""
 
@@ -63,10 +63,10 @@ def _run(config: DemoConfig, log_path: str) -> None:
 
 
 def demo_pretraining(config: DemoConfig) -> PretrainConfig:
-    """Return the demo's pretraining: small batches, so that 200 steps are enough to read like documentation."""
+    """Return the demo's pretraining: small batches, so that few tokens are enough to read like documentation."""
     return PretrainConfig(
-        depth=config.depth, head_dim=64, window_pattern="L", global_batch_tokens=8192, num_steps=config.num_steps,
-        evaluate_every=50, sample_every=100, checkpoint_every=100, log_every=5,
+        depth=config.depth, head_dim=64, window_pattern="L", global_batch_tokens=4096, num_steps=config.num_steps,
+        evaluate_every=60, sample_every=120, checkpoint_every=120, log_every=5,
     )  # fmt: skip
 
 

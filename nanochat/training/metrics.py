@@ -1,6 +1,7 @@
 """Steps to numbers for people and programs: metrics.jsonl, samples.jsonl, Weights & Biases, a progress line."""
 
 import json
+import platform
 import time
 from typing import Any
 
@@ -111,8 +112,8 @@ def _start_wandb(folder: StageFolder, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as err:
         raise ConfigError("wandb=True: the package is not installed. Run: pip install wandb") from err
-    run_id = storage.sha256_json(folder.root)[:16]
     local = storage.filesystem(folder.root)[1] if storage.is_local(folder.root) else None
+    run_id = storage.sha256_json([platform.node(), local] if local else folder.root)[:16]
     return wandb.init(project="nanochat", id=run_id, resume="allow", config=config, dir=local)
 
 
