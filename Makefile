@@ -24,7 +24,7 @@ demo: .venv/installed
 	@$(bin)/python ray_jobs/demo.py --run-dir $(RUN_DIR) $(DEMO_FLAGS)
 
 test: lint test-unit
-	@$(bin)/python -m pytest tests/integration -m "not slow and not soak and not gpu"
+	@$(bin)/python -m pytest tests/integration tests/e2e -m "not slow and not soak and not gpu"
 
 test-unit: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests/unit -m "not slow"

@@ -8,12 +8,29 @@ NanochatError
   TrainingDivergedError   the loss became NaN or infinite
   ClusterError         Ray cannot give what was asked for, or a worker failed
 
-Messages are one line: `field=value: the rule. The remedy.`
+Messages are one line: `field=value: the rule. The remedy.` What files and servers say goes into them by `excerpt`.
 """
+
+EXCERPT_CHARS = 200
+
+
+def excerpt(content: object) -> str:
+    """Return what came from outside for a message: one line of at most EXCERPT_CHARS, escaped where not printable."""
+    line = escaped(" ".join(str(content)[: 10 * EXCERPT_CHARS].split())[: EXCERPT_CHARS + 1])
+    return line if len(line) <= EXCERPT_CHARS else line[: EXCERPT_CHARS - 3] + "..."
+
+
+def escaped(text: str) -> str:
+    """Return a text with escapes for all that could steer a terminal: control and format characters, line ends."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class NanochatError(Exception):
     """An error whose message says all that a user needs; shown without a traceback."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message escaped: paths and addresses stand in it as they are."""
+        super().__init__(escaped(message))
 
 
 class ConfigError(NanochatError, ValueError):

@@ -20,20 +20,27 @@ def begin_stage(folder: str, configs: dict[str, Any], resolved: dict[str, Any] |
 
     Raises: ConfigError naming each identity field that differs.
     """
-    path = storage.join(folder, "config.json")
-    identity = {
-        f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()
-    }
-    if storage.exists(path):
-        refuse_other_identity(storage.read_json(path)["identity"], identity, folder)
     record = {
-        "identity": identity,
+        "identity": check_stage(folder, configs),
         "config": {name: dataclasses.asdict(config) for name, config in configs.items()},
         "resolved": resolved or {},
         "versions": {"nanochat": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit(),
     }
-    storage.write_json(path, record)
+    storage.write_json(_config_in(folder), record)
+
+
+def check_stage(folder: str, configs: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of named config dataclasses, the folder's if it has one; nothing is written.
+
+    Raises: ConfigError naming each identity field that differs.
+    """
+    identity = {
+        f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()
+    }
+    if storage.exists(path := _config_in(folder)):
+        refuse_other_identity(storage.read_json(path)["identity"], identity, folder)
+    return identity
 
 
 def commit() -> str | None:
@@ -44,6 +51,10 @@ def commit() -> str | None:
         return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _config_in(folder: str) -> str:
+    return storage.join(folder, "config.json")
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -24,9 +24,9 @@ class RunContext:
     """This worker's number on its node: which GPU."""
     local_world_size: int = 1
     """Workers on this node: what share of its cores."""
+    use_gpu: bool = True
+    """Whether to compute on a GPU where there is one."""
     map: Map = field(default=map)
     """How independent items are worked on."""
     progress: Callable[[str], None] = field(default=lambda line: None)
     """Shows a person one line about what is going on."""
-    report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
-    """Tells the trainer that this worker is alive and how far; every worker calls it equally often."""

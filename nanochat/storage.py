@@ -51,6 +51,11 @@ def is_local(path: str) -> bool:
     return isinstance(filesystem(path)[0], LocalFileSystem)
 
 
+def absolute(path: str) -> str:
+    """Return a path that means the same in every process of this machine; a URI stays as it is."""
+    return filesystem(path)[1] if is_local(path) else path
+
+
 def exists(path: str) -> bool:
     """Tell whether a file or folder exists."""
     fs, inner = filesystem(path)
@@ -246,16 +251,27 @@ class StageFolder:
         return 0.5 if is_local(self.root) else 10.0
 
     @property
-    def log(self) -> str:
-        """Everything that is too long for the terminal."""
-        return join(self.root, "log.txt")
+    def memory_limit(self) -> str:
+        """The micro-batch that a run out of memory left to its next start."""
+        return join(self.root, "memory_limit.json")
+
+    @property
+    def errors(self) -> str:
+        """A folder with one file per exception of a worker: its whole traceback."""
+        return join(self.root, "errors")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run directory `runs/NAME`: one folder per stage, and the pages for the whole line."""
+    """A run directory `runs/NAME`: one folder per stage, and the pages for the whole line.
+
+    A local path is made absolute: workers have working directories of their own.
+    """
 
     root: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", absolute(self.root))
 
     @property
     def text(self) -> str:
@@ -276,6 +292,11 @@ class RunFolder:
     def pretrain(self) -> StageFolder:
         """The base model's stage."""
         return StageFolder(join(self.root, "pretrain"))
+
+    @property
+    def ray_log(self) -> str:
+        """What Ray says to the driver: always a local file."""
+        return join(self.root if is_local(self.root) else tempfile.gettempdir(), "ray.log")
 
     @property
     def report(self) -> str:

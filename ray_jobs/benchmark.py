@@ -37,15 +37,17 @@ def benchmark(config: BenchmarkConfig) -> int:
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import run_job
     from nanochat.config.pretrain import PretrainConfig
+    from nanochat.run_context import RunContext
     from nanochat.training.hardware import choose_hardware, describe_machine
 
-    log_path = storage.join(config.run_dir, "ray.log")
+    log_path = storage.RunFolder(config.run_dir).ray_log
     cluster = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
 
     def main() -> None:
         with session(cluster, log_path):
             if config.what == "train":
                 results = benchmarks.measure_training(config.run_dir, config.corpus, config.steps, cluster, job_start_s)
+                results |= benchmarks.measure_checkpoint(config.run_dir)
                 for depth in (4, 12):
                     results |= {
                         f"depth_{depth}_{name}": n for name, n in benchmarks.memory_by_calculation(depth).items()
@@ -54,7 +56,7 @@ def benchmark(config: BenchmarkConfig) -> int:
                 results = benchmarks.measure_packing(config.run_dir, config.corpus)
             else:
                 results = benchmarks.measure_streaming(config.run_dir, config.corpus)
-        hardware = describe_machine(choose_hardware(PretrainConfig(), 0, 1))
+        hardware = describe_machine(choose_hardware(PretrainConfig(), RunContext()))
         show(hardware, results)
         if config.json is not None:
             storage.write_json(str(config.json), {"hardware": hardware, "results": results})

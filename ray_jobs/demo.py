@@ -34,7 +34,7 @@ def demo(config: DemoConfig) -> int:
     set_ray_environment()
     from nanochat.cluster.terminal import run_job
 
-    log_path = storage.join(config.run_dir, "ray.log")
+    log_path = storage.RunFolder(config.run_dir).ray_log
     return run_job(lambda: _run(config, log_path), log_path)
 
 
@@ -66,7 +66,7 @@ def demo_pretraining(config: DemoConfig) -> PretrainConfig:
     """Return the demo's pretraining: small batches, so that few tokens are enough to read like documentation."""
     return PretrainConfig(
         depth=config.depth, head_dim=64, window_pattern="L", global_batch_tokens=4096, num_steps=config.num_steps,
-        evaluate_every=60, sample_every=120, checkpoint_every=120, log_every=5,
+        evaluate_every=90, sample_every=120, checkpoint_every=120, log_every=5,
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Raw text to token shards: fetch a corpus, train its tokenizer, pack rows. Run again, it does only what is missing."""
 
 import sys
-from pathlib import Path
 
 import tyro
 
@@ -10,6 +9,7 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
+from nanochat.storage import RunFolder
 
 
 def prepare(
@@ -31,7 +31,7 @@ def prepare(
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
 
-    log_path = str(Path("runs") / "ray.log")
+    log_path = RunFolder(run_dir).ray_log
 
     def main() -> None:
         with session(cluster, log_path):

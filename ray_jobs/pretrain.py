@@ -1,13 +1,13 @@
 """Token shards to a base model. Run again, it resumes; Ctrl-C leaves with a checkpoint."""
 
 import sys
-from pathlib import Path
 
 import tyro
 
 from nanochat.cluster.environment import set_ray_environment
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.storage import RunFolder
 
 
 def pretrain(
@@ -25,7 +25,7 @@ def pretrain(
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
 
-    log_path = str(Path("runs") / "ray.log")
+    log_path = RunFolder(run_dir).ray_log
 
     def main() -> None:
         with session(cluster, log_path):

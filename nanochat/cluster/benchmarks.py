@@ -30,10 +30,14 @@ from nanochat.data.corpora import Corpus, SourceShard, prepare_corpus
 from nanochat.data.row_order import RowReader
 from nanochat.data.token_shards import TokenShards, write_token_shards
 from nanochat.data.tokenizer import Tokenizer, train_tokenizer
+from nanochat.model.gpt import GPT
+from nanochat.model.optimizer import MuonAdamW
+from nanochat.model.scaling import parameter_groups
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
+from nanochat.training.checkpoint import CheckpointWriter
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT, matmul_gflops
-from nanochat.training.plan import activation_bytes_per_row, fixed_bytes, resolve
+from nanochat.training.plan import activation_bytes_per_row, fixed_bytes, learning_rates, resolve
 from nanochat.training.pretrain import PretrainInputs, StepRows, local_stream, pretrain
 
 WINDOW_STEPS = 10
@@ -105,7 +109,7 @@ class TakingTurns:
 
 def _turn_taking_worker(job: PretrainJob) -> None:
     """Train as a Ray Train worker would, on a stream that takes turns."""
-    run = worker_context()
+    run = worker_context(job)
     inputs = inputs_of(job, run)
     turns = TakingTurns(iter(inputs.stream), "ray", job.spec.folder.root + "/turns", job.config.num_steps or 0)
     pretrain(job.config, run, replace(inputs, stream=turns))
@@ -175,8 +179,30 @@ def _training_numbers(root: str, turns: str, start_s: float, job_start_s: float)
         "first_step_after_fit_s": first_done_s - start_s,
         "data_wait_share": sum(ray["waited_s"] for ray, _ in pairs) / sum(ray["seconds"] for ray, _ in pairs),
         "peak_memory_bytes": records[-1]["peak_memory_bytes"],
+        "peak_memory_growth_bytes": records[-1]["peak_memory_bytes"] - records[WINDOW_STEPS]["peak_memory_bytes"],
         "loss_at_end": records[-1]["loss"],
     }
+
+
+def measure_checkpoint(root: str) -> dict[str, float]:
+    """Save the benchmark's model and optimiser three times; medians of the time the loop waits and of the whole."""
+    config = training_config(1)
+    plan = resolve(config, 8192, 512)
+    model = GPT(plan.model)
+    parameters = dict(model.named_parameters())
+    groups = parameter_groups(plan.model, list(parameters), learning_rates(config), plan.lr_factor)
+    optimizer = MuonAdamW(parameters, groups, muon_dtype=torch.float32)
+    folder = f"{root}/checkpoint"
+    writer = CheckpointWriter(folder, rank=0, world_size=1, keep=1, attempt="benchmark")
+    blocked, whole = [], []
+    for step in range(3):
+        start_s = time.perf_counter()
+        writer.save(step, optimizer.parameters, optimizer.state_tensors(), {})
+        blocked.append(time.perf_counter() - start_s)
+        writer.wait()
+        whole.append(time.perf_counter() - start_s)
+    shutil.rmtree(folder)
+    return {"checkpoint_blocked_s": statistics.median(blocked), "checkpoint_written_s": statistics.median(whole)}
 
 
 def measure_packing(root: str, corpus: str) -> dict[str, Any]:
@@ -225,7 +251,7 @@ def measure_streaming(root: str, corpus: str, tokens: int = 60_000_000) -> dict[
     rows_per_step = 1024
     num_steps = max(4, tokens // (rows_per_step * shards.sequence_len))
     spec = StreamSpec(
-        shards=shards, seed=0, rows_per_step=rows_per_step, num_steps=num_steps, slots=1,
+        shards=shards, seed=0, rows_per_step=rows_per_step, num_steps=num_steps, workers=[1],
         folder=StageFolder(f"{root}/stream"),
     )  # fmt: skip
     dataset = spec.dataset(0)

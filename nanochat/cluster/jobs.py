@@ -15,12 +15,13 @@ from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import prepare_corpus
 from nanochat.data.token_shards import TokenShards, write_token_shards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
-from nanochat.provenance import begin_stage
+from nanochat.provenance import begin_stage, check_stage
 from nanochat.storage import RunFolder, StageFolder
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint
 from nanochat.training.metrics import progress_line
 
+REMOTE_LOOK_S = 10.0
 BYTES_PER_TOKEN = 4.8
 """Text that a token stands for, to plan downloads. Source: nanochat's tokenizer of 32,768 on FineWeb-Edu."""
 
@@ -39,17 +40,22 @@ def prepare_data(
     """
     folder = RunFolder(run_dir)
     run = ray_context(terminal.live)
-    begin_stage(folder.shards, {"corpus": corpus, "tokenizer": tokenizer, "shards": shards})
+    configs = {"corpus": corpus, "tokenizer": tokenizer, "shards": shards}
+    check_stage(folder.shards, configs)
     text = prepare_corpus(
         corpus, run, folder.text, None if train_tokens is None else int(train_tokens * BYTES_PER_TOKEN)
     )
+    begin_stage(folder.shards, configs)  # not before: a mistyped corpus is no identity
     terminal.line(f"corpus     {text.name}: {len(text.sources('train'))} training shards")
+    report = storage.join(folder.tokenizer, "report.json")
     if storage.exists(storage.join(folder.tokenizer, "tokenizer.json")):
         trained = Tokenizer.load(folder.tokenizer)
     else:
+        storage.remove(report)
         trained = train_tokenizer(tokenizer, run, text)
         trained.save(folder.tokenizer)
-        storage.write_json(storage.join(folder.tokenizer, "report.json"), compression_report(trained, text))
+    if not storage.exists(report):
+        storage.write_json(report, compression_report(trained, text))
     terminal.line(f"tokenizer  {trained.vocab_size} tokens, {trained.hash[:12]}")
     packed = write_token_shards(shards, run, text, trained, folder.shards)
     terminal.line(
@@ -81,7 +87,7 @@ def pretrain_base(
 
     with on_interrupt(stop):
         checkpoint = pretrain_on_ray(config, cluster, shards, folder.tokenizer, folder.pretrain, view.update)
-    view.update()
+    view.update(at_once=True)
     if checkpoint is None:
         terminal.line("stopped; run the same command to go on")
     else:
@@ -99,9 +105,10 @@ class _MetricsView:
         self._notes = len(storage.read_jsonl(folder.notes))
         self._looked_s = 0.0
 
-    def update(self) -> None:
+    def update(self, at_once: bool = False) -> None:
         """Show new notes and the newest record; a folder in an object store is looked at every ten seconds."""
-        if time.monotonic() - self._looked_s < (0.0 if storage.is_local(self.folder.root) else 10.0):
+        often = at_once or storage.is_local(self.folder.root)
+        if not often and time.monotonic() - self._looked_s < REMOTE_LOOK_S:
             return
         self._looked_s = time.monotonic()
         for note in (notes := storage.read_jsonl(self.folder.notes))[self._notes :]:

@@ -15,6 +15,7 @@ import psutil
 import ray
 import ray.data
 
+from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
 from nanochat.errors import ClusterError
 from nanochat.run_context import RunContext
@@ -35,12 +36,12 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
     handler = logging.FileHandler(log_path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("ray", "ray.data", "ray.train")]
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(config)
     try:
         if address is None:
-            _start_local()
+            context = _start_local()
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, TimeoutError, ValueError) as err:
         raise ClusterError(
             f"address={address}: no Ray answers there ({err}). Start one, or leave the address out."
@@ -49,8 +50,8 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel(logging.INFO)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    loggers[0].info("the logs of Ray's processes are in %s/logs", context.address_info["session_dir"])
+    ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
     finally:
@@ -60,9 +61,14 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
         handler.close()
 
 
-def _start_local() -> None:
+def address_of(config: ClusterConfig) -> str | None:
+    """Return the address of the cluster to join; None = this machine alone."""
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
+def _start_local() -> Any:
     memory = psutil.virtual_memory()
-    ray.init(
+    return ray.init(
         address="local",
         num_cpus=max(LOCAL_MIN_CPUS, psutil.cpu_count() or 1),
         object_store_memory=min(LOCAL_OBJECT_STORE_BYTES, memory.available // 4),
@@ -90,7 +96,7 @@ def ray_map(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         while pending:
             yield ray.get(pending.popleft())
     except ray.exceptions.RayTaskError as err:
-        raise err.cause from None
+        raise with_story(err.cause, "in a task", str(err)) from None
 
 
 def _apply(fn: Callable[[Any], Any], item: Any) -> Any:

@@ -29,10 +29,10 @@ UNIT_BYTES = 1 << 20
 MAX_TASKS = 8192
 
 
-def slots_for(rows_per_step: int, min_workers: int, max_workers: int) -> int:
-    """Return into how many parts a step's rows are cut: the least number that every allowed worker count divides.
+def allowed_workers(rows_per_step: int, min_workers: int, max_workers: int) -> list[int]:
+    """Return the worker counts of a range that divide the rows of a step, ascending.
 
-    Raises: ConfigError if `max_workers` does not divide the rows of a step.
+    Raises: ConfigError if `max_workers` does not.
     """
     allowed = [workers for workers in range(min_workers, max_workers + 1) if rows_per_step % workers == 0]
     if max_workers not in allowed:
@@ -41,7 +41,7 @@ def slots_for(rows_per_step: int, min_workers: int, max_workers: int) -> int:
             f"num_workers={max_workers}: must divide the {rows_per_step} rows of a step. "
             f"Use {divisors[-1]}, or another global_batch_tokens."
         )
-    return math.lcm(*allowed)
+    return allowed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,14 @@ class StreamSpec:
     seed: int
     rows_per_step: int
     num_steps: int
-    slots: int
+    workers: list[int]
+    """Worker counts that may read it; each divides the rows of a step."""
     folder: StageFolder
+
+    @property
+    def slots(self) -> int:
+        """Into how many parts a step's rows are cut: the least number that every worker count divides."""
+        return math.lcm(*self.workers)
 
     @property
     def rows_per_slot(self) -> int:
@@ -109,7 +115,7 @@ def steps_of(iterator: DataIterator, slots: int, world_size: int) -> Iterator[St
     if slots % world_size:
         raise ConfigError(
             f"num_workers={world_size}: must divide the {slots} parts into which a step's rows are cut. "
-            "Give a number of workers that divides the rows of a step, and the same min_workers."
+            "Give a number of workers that divides the rows of a step."
         )
     units: list[dict[str, Any]] = []
     for batch in iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2 * slots // world_size):

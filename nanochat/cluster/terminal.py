@@ -11,7 +11,8 @@ from typing import TextIO
 from nanochat.errors import NanochatError
 
 PLAIN_INTERVAL_S = 10.0
-ERROR_LINES = 20
+ERROR_LINES = 16
+STORY_LINES = 12
 
 
 class Terminal:
@@ -54,15 +55,29 @@ def run_job(main: Callable[[], None], log_path: str) -> int:
         sys.stderr.write("\ninterrupted\n")
         return 130
     except Exception as err:  # the process's edge: everything that nobody foresaw
-        sys.stderr.write("\n" + "\n".join(last_lines(err)) + f"\nthe whole story: {log_path}\n")
+        sys.stderr.write("\n" + "\n".join(last_lines(err)) + f"\nRay's log: {log_path}\n")
         return 1
     return 0
 
 
 def last_lines(err: BaseException) -> list[str]:
-    """Return the end of an exception's own traceback, short enough for one screen."""
-    lines = "".join(traceback.format_exception(err, chain=False)).rstrip().split("\n")
-    return lines if len(lines) < ERROR_LINES else [lines[0], "  ...", *lines[-(ERROR_LINES - 3) :]]
+    """Return the end of an exception's own traceback, short enough for one screen.
+
+    An exception from another process has lost its traceback and carries it as a note, see `with_story`.
+    """
+    if getattr(err, "__notes__", None):
+        lines = "".join(traceback.format_exception_only(err)).rstrip().split("\n")
+    else:
+        lines = "".join(traceback.format_exception(err, chain=False)).rstrip().split("\n")
+    return lines if len(lines) <= ERROR_LINES else [lines[0], "  ...", *lines[-(ERROR_LINES - 2) :]]
+
+
+def with_story(err: BaseException, where: str, story: str, path: str | None = None) -> BaseException:
+    """Note on an exception, before it leaves its process, where it was raised: the end of `story`, its traceback."""
+    frames = [line for line in story.rstrip().split("\n") if line.startswith(" ")]
+    lines = [f"{where}:", *frames[-STORY_LINES:]]
+    err.add_note("\n".join(lines if path is None else [*lines, f"the whole story: {path}"]))
+    return err
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ Which failures are tried again: the loss of a worker or node, and errors of the 
 cause (RuntimeError, OSError). Everything else is the code's or the input's and ends the run at once.
 """
 
+import contextlib
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,12 @@ import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat import storage
-from nanochat.cluster.stream import StreamSpec, slots_for, steps_of
+from nanochat.cluster.session import address_of
+from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
+from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.data.token_shards import TokenShards
@@ -44,23 +49,54 @@ class PretrainJob:
     config: PretrainConfig
     tokenizer_folder: str
     spec: StreamSpec
+    use_gpu: bool
+    worker: Callable[["PretrainJob"], None]
+    """What each worker runs: `train_worker`, or what benchmarks and fault tests wrap around it."""
 
 
-class EndAtOnce(UserCallback):
-    """Ends the run on an error that another try would repeat."""
+class OnFailure(UserCallback):
+    """Notes why workers failed, and ends the run on an error that another try would repeat."""
+
+    def __init__(self, folder: StageFolder) -> None:
+        self.folder = folder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise the first exception that is not of a retried kind."""
-        for rank in sorted(worker_exceptions):
-            cause = first_cause(worker_exceptions[rank])
+        causes = {rank: first_cause(worker_exceptions[rank]) for rank in sorted(worker_exceptions)}
+        for rank, cause in causes.items():
+            reason = (str(cause).strip().splitlines() or [""])[0][:200]
+            self.folder.note(f"worker {rank} failed: {type(cause).__name__}: {reason}")
+        for cause in causes.values():
             if not is_retried(cause):
                 raise cause
+
+
+class DividingScalingPolicy(ElasticScalingPolicy):
+    """Ray's elastic policy, restricted to worker counts that divide the rows of a step."""
+
+    def __init__(self, scaling_config: ScalingConfig, allowed: list[int]) -> None:
+        super().__init__(scaling_config)
+        self.allowed = allowed
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        return max((workers for workers in self.allowed if workers <= possible), default=0)
+
+
+class ElasticTorchTrainer(TorchTrainer):
+    """Ray Train with the policy above; Ray 2.60 has no public place for one."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        allowed = self.train_loop_config.spec.workers
+        policy = DividingScalingPolicy(self.scaling_config, allowed)
+        return super()._initialize_and_run_controller(**arguments | {"scaling_policy": policy})
 
 
 def first_cause(error: BaseException) -> BaseException:
     """Return the exception that a worker raised, out of what Ray wrapped around it."""
     while True:
-        inner = getattr(error, "controller_failure", None) or getattr(error, "_base_exc", None)
+        attributes = ("controller_failure", "_base_exc", "health_check_failure")
+        inner = next((getattr(error, name) for name in attributes if getattr(error, name, None)), None)
         if inner is None and isinstance(error, ray.exceptions.RayTaskError):
             inner = error.cause
         failures = getattr(error, "worker_failures", None)
@@ -75,14 +111,28 @@ def first_cause(error: BaseException) -> BaseException:
 
 def train_worker(job: PretrainJob) -> None:
     """Run pretraining as one worker of a Ray Train group."""
-    run = worker_context()
+    run = worker_context(job)
     pretrain(job.config, run, inputs_of(job, run))
 
 
-def worker_context() -> RunContext:
+def _work(job: PretrainJob) -> None:
+    """Run the job's worker; an exception is written to the run's errors before it leaves the process."""
+    try:
+        job.worker(job)
+    except Exception as err:
+        rank = ray.train.get_context().get_world_rank()
+        path = storage.join(job.spec.folder.errors, f"{time.strftime('%Y%m%d-%H%M%S')}_worker_{rank:02d}.txt")
+        story = traceback.format_exc()
+        with contextlib.suppress(OSError), storage.atomic_write(path) as file:  # a full disk must not hide `err`
+            file.write(story.encode())
+        raise with_story(err, f"in worker {rank}", story, path)  # noqa: B904
+
+
+def worker_context(job: PretrainJob) -> RunContext:
     """Return this worker's place in its group."""
     context = ray.train.get_context()
     return RunContext(
+        use_gpu=job.use_gpu,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
@@ -114,43 +164,42 @@ def pretrain_on_ray(
     tokenizer = Tokenizer.load(tokenizer_folder)
     shards.check_tokenizer(tokenizer)
     plan = planning.resolve(config, tokenizer.vocab_size, shards.sequence_len)
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    workers = cluster.num_workers or int(ray.cluster_resources().get("GPU", 0)) or 1
-    check_resources(workers, cluster, use_gpu)
-    least = cluster.min_workers or workers
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
+    workers = cluster.num_workers or (gpus if use_gpu else 0) or 1
+    check_resources(workers, cluster, use_gpu, folder.note)
     spec = StreamSpec(
         shards=shards, seed=config.seed, rows_per_step=plan.rows_per_step, num_steps=plan.num_steps,
-        slots=slots_for(plan.rows_per_step, least, workers), folder=folder,
+        workers=allowed_workers(plan.rows_per_step, cluster.min_workers or workers, workers), folder=folder,
     )  # fmt: skip
     storage.remove(folder.stop)
-    job = PretrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec)
-    trainer = _trainer(worker, job, cluster, workers, use_gpu)
-    _fit(trainer, watch)
+    job = PretrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec, use_gpu=use_gpu, worker=worker)
+    _fit(_trainer(job, cluster, workers), watch)
     last = step_folder(folder.checkpoints, plan.num_steps)
     return Checkpoint(last) if problem_with(last, verify=False) is None else None
 
 
-def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool) -> None:
-    """Raise ClusterError if the cluster can never hold the least number of workers (autoscaling ones may grow)."""
+def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool, note: Callable[[str], None]) -> None:
+    """Raise ClusterError if this machine cannot hold the least number of workers; a cluster may get more nodes."""
     have = ray.cluster_resources()
     least = cluster.min_workers or workers
     for kind, each in (("GPU", 1.0 if use_gpu else 0.0), ("CPU", cluster.cpus_per_worker)):
-        if least * each > have.get(kind, 0) and not os.environ.get("RAY_AUTOSCALER"):
-            raise ClusterError(
-                f"num_workers={least}: needs {least * each:g} {kind}, the cluster has {have.get(kind, 0):g}. "
-                "Ask for fewer workers, or lower cpus_per_worker."
-            )
+        if least * each <= have.get(kind, 0):
+            continue
+        lack = f"num_workers={least}: needs {least * each:g} {kind}, the cluster has {have.get(kind, 0):g}. "
+        if address_of(cluster) is None:
+            raise ClusterError(lack + "Ask for fewer workers, or lower cpus_per_worker.")
+        note(lack + "Waiting for nodes.")
 
 
-def _trainer(
-    worker: Callable[[PretrainJob], None], job: PretrainJob, cluster: ClusterConfig, workers: int, use_gpu: bool
-) -> TorchTrainer:
+def _trainer(job: PretrainJob, cluster: ClusterConfig, workers: int) -> TorchTrainer:
+    use_gpu = job.use_gpu
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     environment = {} if use_gpu else dict(CPU_ALLOCATOR_ENVIRONMENT)
     environment["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", compile_cache())
     options = ray.data.ExecutionOptions(preserve_order=True)
-    return TorchTrainer(
-        worker,
+    return (ElasticTorchTrainer if cluster.min_workers else TorchTrainer)(
+        _work,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, workers) if cluster.min_workers else workers,
@@ -162,7 +211,7 @@ def _trainer(
             storage_path=_ray_storage(job.spec.folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[EndAtOnce()],
+            callbacks=[OnFailure(job.spec.folder)],
             worker_runtime_env={"env_vars": environment},
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),

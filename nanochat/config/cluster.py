@@ -11,14 +11,16 @@ class ClusterConfig:
 
     address: str | None = None
     """Ray cluster to join (`auto` = the running one); none = the job's own cluster, or a Ray on this machine."""
+    use_gpu: bool | None = None
+    """Train on GPUs; none = if the cluster has any now (say so where GPU nodes are started on demand)."""
     num_workers: int | None = None
-    """Training workers; none = one per GPU, or one on CPU."""
+    """Training workers; none = one per GPU that is there now, or one on CPU."""
     min_workers: int | None = None
-    """Go on with as few as this when nodes are lost (elastic); none = wait for num_workers."""
+    """Go on with as few as this when nodes are lost, in numbers that divide a step's rows; none = wait for all."""
     cpus_per_worker: float = 1.0
     """Logical CPUs that a training worker reserves."""
     max_failures: int = 3
-    """Restarts after a lost worker or node; errors in the code or the input are never retried."""
+    """Restarts after a lost worker or node, a RuntimeError or an OSError; other errors end the run at once."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "min_workers"):

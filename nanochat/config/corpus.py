@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nanochat.config.identity import Identity
 from nanochat.errors import ConfigError
 
 
@@ -9,15 +10,15 @@ from nanochat.errors import ConfigError
 class CorpusConfig:
     """A named corpus, or a path, glob or URI of parquet or JSONL files."""
 
-    corpus: str = "pydocs"
+    corpus: Identity[str] = "pydocs"
     """pydocs (inside every Python), fineweb-edu, climbmix, or a path, glob or URI of .parquet / .jsonl files."""
-    text_column: str = "text"
+    text_column: Identity[str] = "text"
     """Column or JSON key that holds the document (pydocs has its own)."""
     max_bytes: int | None = None
     """Keep to about this many bytes of training shards (whole files, at least one); none = what the horizon needs."""
-    validation_fraction: float = 0.1
+    validation_fraction: Identity[float] = 0.1
     """Share of documents held out, by hash, where a corpus has no validation shard of its own."""
-    validation_shard: str | None = None
+    validation_shard: Identity[str | None] = None
     """File name of the held-out shard; none = a corpus's own, or the last by name of several files."""
     mirror: str | None = None
     """Base URL to download named corpora from; none = their public home."""

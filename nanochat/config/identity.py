@@ -29,5 +29,5 @@ def refuse_other_identity(before: dict[str, Any], now: dict[str, Any], folder: s
     if changed:
         raise ConfigError(
             f"{', '.join(changed)}: {folder} holds a run with other values. "
-            "Use the old values to resume it, or another --run-dir to start anew."
+            "Use the old values to resume it, or another --run-dir (make: RUN_DIR=...) to start anew."
         )

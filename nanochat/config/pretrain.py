@@ -66,7 +66,7 @@ class PretrainConfig:
     """Compute dtype; auto = bfloat16 where the hardware multiplies it, else float32."""
     fp8: Identity[bool] = False
     """Multiply linear layers in FP8 (torchao, Hopper or newer only)."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "off"] = "auto"
     """torch.compile; auto = where a C++ compiler or CUDA is there."""
     micro_batch_rows: int | None = None
     """Rows of one forward and backward pass on a worker; none = from free memory. The global batch stays."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nanochat.config.identity import Identity
 from nanochat.errors import ConfigError
 
 ROW_GROUP_ROWS = 256
@@ -12,9 +13,9 @@ ROW_GROUP_ROWS = 256
 class ShardsConfig:
     """Offline tokenisation and best-fit packing into rows of sequence_len + 1 tokens."""
 
-    sequence_len: int = 2048
+    sequence_len: Identity[int] = 2048
     """Tokens that a row trains on; a stored row has one more, its last target."""
-    buffer_documents: int = 1000
+    buffer_documents: Identity[int] = 1000
     """Pieces waiting to be packed, among which the best fit is sought."""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from nanochat.config.identity import Identity
 from nanochat.errors import ConfigError
 
 NUM_SPECIAL_TOKENS = 9
@@ -12,13 +13,13 @@ NUM_SPECIAL_TOKENS = 9
 class TokenizerConfig:
     """Byte-pair encoding over bytes, in the style of GPT-4."""
 
-    vocab_size: int = 32_768
+    vocab_size: Identity[int] = 32_768
     """Tokens in all: 256 bytes, merges, and nine special tokens."""
-    split_pattern: Literal["nanochat", "unspaced"] = "nanochat"
+    split_pattern: Identity[Literal["nanochat", "unspaced"]] = "nanochat"
     """How text is cut before merging: nanochat's pattern, or one for scripts without spaces (Chinese, Thai, ...)."""
-    max_chars: int = 2_000_000_000
+    max_chars: Identity[int] = 2_000_000_000
     """Train on at most this many characters of the training text."""
-    max_document_chars: int = 10_000
+    max_document_chars: Identity[int] = 10_000
     """Use at most this many characters of each document, so that no long one dominates."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from nanochat.config.corpus import CorpusConfig
 from nanochat.data.documents import check_shard
 from nanochat.data.download import RetryPolicy, download
 from nanochat.data.pydocs import write_pydocs
-from nanochat.errors import ConfigError, DataError
+from nanochat.errors import ConfigError, DataError, excerpt
 from nanochat.run_context import RunContext
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -200,14 +200,14 @@ def _path_shards(config: CorpusConfig, run: RunContext) -> tuple[SourceShard, ..
         held_out = paths[-1:]
     if len(held_out) != 1:
         found = "no file is" if not held_out else f"{len(held_out)} files are"
-        some = ", ".join(storage.name_of(path) for path in paths[:4])
+        some = excerpt(", ".join(storage.name_of(path) for path in paths[:4]))
         raise ConfigError(
             f"validation_shard={config.validation_shard}: {found} called so in corpus={config.corpus}. "
             f"There are {len(paths)} files: {some}{', ...' if len(paths) > 4 else ''}"
         )
     training = [SourceShard(path, sizes[path], "train") for path in paths if path != held_out[0]]
     training = list(_within(training, config.max_bytes))
-    run.progress(f"{config.corpus}: {len(training)} training shards, {storage.name_of(held_out[0])} held out")
+    run.progress(f"{config.corpus}: {len(training)} training shards, {excerpt(storage.name_of(held_out[0]))} held out")
     return (*training, SourceShard(held_out[0], sizes[held_out[0]], "validation"))
 
 
@@ -255,4 +255,6 @@ def _listing_errors(corpus: str) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        raise DataError(f"corpus={corpus}: cannot be listed ({err}). Check the address and your access to it.") from err
+        raise DataError(
+            f"corpus={corpus}: cannot be listed ({excerpt(err)}). Check the address and your access to it."
+        ) from err

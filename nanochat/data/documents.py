@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from nanochat import storage
-from nanochat.errors import DataError
+from nanochat.errors import DataError, excerpt
 
 if TYPE_CHECKING:
     from nanochat.data.corpora import Corpus, SourceShard
@@ -153,7 +153,7 @@ def _open_parquet(path: str, column: str) -> pq.ParquetFile:
             inner, filesystem=fs, buffer_size=READ_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
         )
     except (pa.ArrowException, OSError) as err:
-        raise DataError(f"corpus={path}: cannot be read as parquet ({_one_line(err)}). {REPLACE}") from err
+        raise DataError(f"corpus={path}: cannot be read as parquet ({excerpt(err)}). {REPLACE}") from err
     try:
         _check_column(path, file.schema_arrow, column)
     except DataError:
@@ -164,13 +164,13 @@ def _open_parquet(path: str, column: str) -> pq.ParquetFile:
 
 def _check_column(path: str, schema: pa.Schema, column: str) -> None:
     index = schema.get_field_index(column)
+    found = excerpt(", ".join(schema.names) or "none")
     if index < 0:
-        found = ", ".join(schema.names) or "none"
         raise DataError(f"text_column={column}: {path} has no such column, or two. Its columns: {found}.")
     kind = schema.field(index).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if value not in _TEXT_TYPES:
-        raise DataError(f"text_column={column}: {path} has {kind} there, not text. Its columns: {schema.names}.")
+        raise DataError(f"text_column={column}: {path} has {excerpt(kind)} there, not text. Its columns: {found}.")
 
 
 _TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
@@ -184,9 +184,7 @@ def _parquet_values(path: str, column: str) -> Iterator[bytes | None]:
                 for batch in file.iter_batches(_batch_rows(file, group, column), [group], [column], use_threads=False):
                     yield from batch.column(0).cast(pa.large_binary()).to_pylist()
             except (pa.ArrowException, OSError) as err:
-                raise DataError(
-                    f"corpus={path}: row group {group} cannot be read ({_one_line(err)}). {REPLACE}"
-                ) from err
+                raise DataError(f"corpus={path}: row group {group} cannot be read ({excerpt(err)}). {REPLACE}") from err
 
 
 def _batch_rows(file: pq.ParquetFile, group: int, column: str) -> int:
@@ -212,7 +210,7 @@ def _jsonl_values(path: str, column: str) -> Iterator[bytes | None]:
                     records += 1
                     yield _line_value(line, path, number, column, is_first=records == 1)
     except (pa.ArrowException, OSError) as err:
-        raise DataError(f"corpus={path}: cannot be read after line {number} ({_one_line(err)}). {REPLACE}") from err
+        raise DataError(f"corpus={path}: cannot be read after line {number} ({excerpt(err)}). {REPLACE}") from err
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[bytes]:
@@ -227,19 +225,14 @@ def _line_value(line: bytes, path: str, number: int, column: str, *, is_first: b
     except UnicodeDecodeError:
         return line
     except (ValueError, RecursionError) as err:
-        raise DataError(
-            f"corpus={path}: line {number} is not JSON ({_one_line(err)}). Repair or drop the line."
-        ) from err
+        raise DataError(f"corpus={path}: line {number} is not JSON ({excerpt(err)}). Repair or drop the line.") from err
     if not isinstance(record, dict):
         raise DataError(f"corpus={path}: line {number} is not a JSON object with the key {column}. {REPLACE}")
     if is_first and column not in record:
-        raise DataError(f"text_column={column}: {path} has no such key. Its keys: {', '.join(record) or 'none'}.")
+        found = excerpt(", ".join(record) or "none")
+        raise DataError(f"text_column={column}: {path} has no such key. Its keys: {found}.")
     value = record.get(column)
     if value is not None and not isinstance(value, str):
         kind = type(value).__name__
         raise DataError(f"text_column={column}: line {number} of {path} has {kind} there, not text. {REPLACE}")
     return None if value is None else value.encode("utf-8", "surrogatepass")
-
-
-def _one_line(err: Any) -> str:
-    return " ".join(str(err).split())

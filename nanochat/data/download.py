@@ -24,7 +24,7 @@ import urllib3
 from filelock import FileLock
 
 from nanochat import storage
-from nanochat.errors import ConfigError, DataError
+from nanochat.errors import ConfigError, DataError, excerpt
 
 BLOCK_BYTES = 1 << 20
 MAX_REDIRECTS = 8
@@ -205,7 +205,7 @@ class _Transfer:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise _AttemptError("the server sent a compressed body that was not asked for")
             return
-        answer = f"the server answered {status} {response.reason or ''}".rstrip()
+        answer = f"the server answered {status} {excerpt(response.reason or '')}".rstrip()
         if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             self._discard()  # more bytes here than there: a changed file, or a length that was a lie
             raise _AttemptError(answer + " to a request for the rest of the file")
@@ -290,7 +290,7 @@ def _connection_errors_as_attempts() -> Iterator[None]:
     try:
         yield
     except urllib3.exceptions.HTTPError as err:
-        raise _AttemptError(" ".join(f"{type(err).__name__}: {err}".split())) from err
+        raise _AttemptError(excerpt(f"{type(err).__name__}: {err}")) from err
 
 
 def _announced_size(response: urllib3.BaseHTTPResponse) -> int | None:

@@ -12,7 +12,6 @@ Not covered: Unicode normalisation (decoding gives back the bytes that came in).
 
 import base64
 import binascii
-import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from nanochat import storage
 from nanochat.config.tokenizer import NUM_SPECIAL_TOKENS, TokenizerConfig
 from nanochat.data.corpora import Corpus
 from nanochat.data.documents import ReadCounts, read_documents
-from nanochat.errors import DataError
+from nanochat.errors import DataError, excerpt
 from nanochat.run_context import RunContext
 
 SPECIAL_TOKENS = (
@@ -70,11 +69,14 @@ SPLIT_PATTERNS = {
 FORMAT = "nanochat-bpe"
 FORMAT_VERSION = 1
 NUM_BYTES = 256
+LARGEST_FILE_BYTES = 1 << 26
+"""Of tokenizer.json: a million tokens take about 20 MB."""
 LONGEST_SPACE_RUN = 100_000
 """Longer runs of whitespace are cut: the regex engine gives up at a million (tiktoken raises, rustbpe aborts)."""
 
 REFERENCE_ENCODINGS = ("gpt2", "cl100k_base")
-REFERENCE_TIMEOUT_S = 20.0
+REFERENCE_TIMEOUT_S = 5.0
+"""For all references together: a comparison is not worth a long wait."""
 
 
 class Tokenizer:
@@ -138,10 +140,12 @@ class Tokenizer:
         remedy = "Train the tokenizer again."
         if not storage.exists(path):
             raise DataError(f"tokenizer={path}: there is no such file. {remedy}")
+        if (size := storage.size_bytes(path)) > LARGEST_FILE_BYTES:
+            raise DataError(f"tokenizer={path}: {size} bytes are too many, at most {LARGEST_FILE_BYTES}. {remedy}")
         try:
             content = storage.read_json(path)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise DataError(f"tokenizer={path}: is no JSON ({err}). {remedy}") from err
+        except (ValueError, RecursionError) as err:
+            raise DataError(f"tokenizer={path}: is no JSON ({excerpt(err)}). {remedy}") from err
         kind = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
         if kind != (FORMAT, FORMAT_VERSION):
             raise DataError(f"tokenizer={path}: must have format {FORMAT} {FORMAT_VERSION}. {remedy}")
@@ -151,7 +155,7 @@ class Tokenizer:
         try:
             return cls(_checked_merges(content), content["pattern"])
         except (KeyError, TypeError, ValueError) as err:
-            raise DataError(f"tokenizer={path}: cannot be used ({err}). {remedy}") from err
+            raise DataError(f"tokenizer={path}: cannot be used ({excerpt(err)}). {remedy}") from err
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -192,8 +196,8 @@ def train_tokenizer(config: TokenizerConfig, run: RunContext, corpus: Corpus) ->
 def compression_report(tokenizer: Tokenizer, corpus: Corpus, max_bytes: int = 10_000_000) -> dict[str, Any]:
     """Return bytes per token on held-out text, beside those of GPT-2's and GPT-4's tokenizers.
 
-    Reads at most about max_bytes. A reference whose files cannot be had says why under "skipped"; that takes at most
-    REFERENCE_TIMEOUT_S each. Raises: DataError if there is no held-out document.
+    Reads at most about max_bytes. A reference whose files cannot be had says why under "skipped"; to get them
+    takes at most REFERENCE_TIMEOUT_S. Raises: DataError if there is no held-out document.
     """
     texts = _held_out_texts(corpus, max_bytes)
     if not texts:
@@ -202,8 +206,7 @@ def compression_report(tokenizer: Tokenizer, corpus: Corpus, max_bytes: int = 10
     encodings: dict[str, dict[str, Any]] = {}
     tokens = sum(map(len, tokenizer.encode_batch_numpy(texts)))
     encodings["ours"] = {"vocab_size": tokenizer.vocab_size, "tokens": tokens, "bytes_per_token": size / tokens}
-    for name in REFERENCE_ENCODINGS:
-        reference = _reference_encoding(name)
+    for name, reference in _reference_encodings().items():
         if isinstance(reference, str):
             encodings[name] = {"skipped": reference}
             continue
@@ -220,12 +223,18 @@ def _file_in(folder: str) -> str:
 def _checked_merges(content: dict[str, Any]) -> list[bytes]:
     if content["special_tokens"] != list(SPECIAL_TOKENS):
         raise ValueError(f"its special tokens are {content['special_tokens']}")
+    if content["pattern"] not in SPLIT_PATTERNS.values():
+        # A stranger's could lose text, or end the process: the regex engine panics at some.
+        raise ValueError(f"its split pattern is none of {', '.join(SPLIT_PATTERNS)}")
     try:
         merges = [base64.b64decode(merge, validate=True) for merge in content["merges"]]
     except binascii.Error as err:
         raise ValueError(f"merges: {err}") from err
-    if any(len(merge) < 2 for merge in merges) or len(set(merges)) < len(merges):
-        raise ValueError("merges must differ and have at least two bytes")
+    known = {bytes([byte]) for byte in range(NUM_BYTES)}
+    for rank, merge in enumerate(merges):
+        if merge in known or not any(merge[:cut] in known and merge[cut:] in known for cut in range(1, len(merge))):
+            raise ValueError(f"merge {rank}, {merge[:40]!r}, must be new and join two tokens before it")
+        known.add(merge)
     return merges
 
 
@@ -273,18 +282,19 @@ def _held_out_texts(corpus: Corpus, max_bytes: int) -> list[str]:
     return texts
 
 
-def _reference_encoding(name: str) -> tiktoken.Encoding | str:
-    """Load one of tiktoken's own encodings (fetched at first use), or say why not."""
-    outcome: list[tiktoken.Encoding | str] = []
+def _reference_encodings() -> dict[str, tiktoken.Encoding | str]:
+    """Load tiktoken's own encodings (fetched at first use); one that cannot be had is the reason why."""
+    found: dict[str, tiktoken.Encoding | str] = {}
 
     def load() -> None:
-        try:
-            outcome.append(tiktoken.get_encoding(name))
-        except (OSError, ValueError) as err:  # requests' exceptions are OSErrors; ValueError: another hash
-            outcome.append(f"tiktoken cannot load it: {type(err).__name__}: {str(err)[:200]}")
+        for name in REFERENCE_ENCODINGS:  # one after the other: tiktoken holds a lock while it loads
+            try:
+                found[name] = tiktoken.get_encoding(name)
+            except (OSError, ValueError) as err:  # requests' exceptions are OSErrors; ValueError: another hash
+                found[name] = f"tiktoken cannot load it: {type(err).__name__}: {excerpt(err)}"
 
     # tiktoken downloads without a timeout, so a thread that may be left behind.
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(REFERENCE_TIMEOUT_S)
-    return outcome[0] if outcome else f"no answer within {REFERENCE_TIMEOUT_S:.0f} s"
+    return {name: found.get(name, f"no answer within {REFERENCE_TIMEOUT_S:g} s") for name in REFERENCE_ENCODINGS}

@@ -24,7 +24,7 @@ from nanochat.model.loss import exp_and_slope, head_loss, token_losses
 
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
-COMPILED_VARIANTS = 64  # one batch shape needs 8 (2 windows, value embedding or not, with and without gradient)
+COMPILED_VARIANTS = 64  # one batch shape needs 4 (2 windows, value embedding or not)
 
 
 class Cache(Protocol):
@@ -248,7 +248,7 @@ class GPT(nn.Module):
         x_BTC = norm(self.embedding(tokens_BT).to(self.compute_dtype), config.norm_eps)
         if config.smear:
             x_BTC = self._smear(x_BTC, cache, document_BT)
-        x0_BTC = x_BTC
+        x0_BTC = x_BTC.view_as(x_BTC)  # not the same object, for which the first block would be compiled apart
         rotation = self._rotation(tokens_BT, cache)
         middle_BTC = None
         for layer, (block, window) in enumerate(zip(self.blocks, config.windows, strict=True)):
@@ -282,13 +282,16 @@ class GPT(nn.Module):
             softcap=self.config.logit_softcap, exp_and_slope=self.exp_and_slope,
         )  # fmt: skip
 
-    @torch.no_grad()
     def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor, document_BT: Tensor | None = None) -> Tensor:
-        """Return the nats of every token, float32 losses_BT, 0 where there is no target; no gradient."""
-        hidden_BTC = self(tokens_BT, document_BT=document_BT)
+        """Return the nats of every token, float32 losses_BT, 0 where there is no target; no gradient.
+
+        The layers run as in training, so that what was compiled for it serves here.
+        """
+        with torch.enable_grad():
+            hidden_BTC = self(tokens_BT, document_BT=document_BT).detach()
         losses_N = token_losses(
-            hidden_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(),
-            vocab_size=self.config.vocab_size, softcap=self.config.logit_softcap,
+            hidden_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), vocab_size=self.config.vocab_size,
+            softcap=self.config.logit_softcap, exp_and_slope=self.exp_and_slope,
         )  # fmt: skip
         return losses_N.view_as(targets_BT)
 

@@ -26,7 +26,10 @@ def load_nanochat_checkpoint(model_path: str, meta_path: str) -> tuple[ModelConf
     sizes = storage.read_json(meta_path).get("model_config", {})
     if missing := [name for name in SIZES[:-1] if name not in sizes]:
         raise CheckpointError(f"meta={meta_path}: lacks model_config.{missing[0]}. Name the meta_*.json of this model.")
-    state = torch.load(Path(model_path), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(Path(model_path), map_location="cpu", weights_only=True)
+    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, OSError) as err:
+        raise CheckpointError(f"model={model_path}: cannot be read ({err}). Name a model_*.pt of nanochat.") from err
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"model={model_path}: holds no state dict. Name a model_*.pt of nanochat.")
     tensors = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in state.items()}

@@ -3,8 +3,8 @@
 Every parameter is cut into pieces, and every piece has one owner among the workers: a block matrix is one piece (Muon
 needs it whole), a table or vector is cut by rows. During the last backward pass each gradient piece is summed onto its
 owner as soon as it is complete; the owner alone holds the optimiser state of the piece, updates it and broadcasts the
-result. That is ZeRO-2 with whole matrices; communication overlaps the backward pass on the way in and the other
-pieces' updates on the way out. With one worker nothing is sent.
+result. That is ZeRO-2's communication, except that every worker keeps its own whole gradients until the step is done.
+It overlaps the backward pass on the way in and the following updates on the way out. With one worker nothing is sent.
 
 Shapes: K matrices of one shape, M rows, N columns.
 Sources: Muon, K. Jordan 2024 (kellerjordan.github.io/posts/muon); Polar Express arXiv:2505.16932; variance reduction
@@ -214,16 +214,27 @@ class MuonAdamW:
         for work in self._pending:
             work.wait()
         self._reducing, self._pending = False, []
-        sends = self._step_adamw(schedule)
-        for stack in self._stacks:
-            sends += self._step_muon(stack, schedule)
-        self._receive(sends)
+        updated: set[Piece] = set()
+        for piece in self.pieces:  # every worker broadcasts in this order, its own pieces as soon as they are updated
+            if piece.owner == self.rank and piece not in updated:
+                updated |= self._update(piece, schedule)
+            if self.world_size > 1:
+                rows = self.parameters[piece.name].detach()[piece.lo : piece.hi]
+                self._pending.append(dist.broadcast(rows, src=piece.owner, async_op=True))
+        for work in self._pending:
+            work.wait()
+        self._pending = []
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def _step_adamw(self, schedule: StepSchedule) -> list[Piece]:
-        if self.adamw is None:
-            return []
+    def _update(self, piece: Piece, schedule: StepSchedule) -> set[Piece]:
+        """Update an owned piece and those that are updated with it; returns them all."""
+        if piece in self._slices:
+            return self._step_adamw(schedule)
+        return self._step_muon(next(stack for stack in self._stacks if piece in stack[1]), schedule)
+
+    def _step_adamw(self, schedule: StepSchedule) -> set[Piece]:
+        assert self.adamw is not None
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * schedule.lr_factor
         for piece, rows in self._slices.items():
@@ -233,11 +244,11 @@ class MuonAdamW:
         self.adamw.step()
         for rows in self._slices.values():
             rows.grad = None
-        return list(self._slices)
+        return set(self._slices)
 
     def _step_muon(
         self, stack: tuple[ParameterGroup, list[Piece], Tensor, Tensor], schedule: StepSchedule
-    ) -> list[Piece]:
+    ) -> set[Piece]:
         group, pieces, momentum_KMN, second_moment = stack
         parameters = [self.parameters[piece.name] for piece in pieces]
         gradient_KMN = torch.stack([parameter.grad for parameter in parameters])  # type: ignore[arg-type]
@@ -251,20 +262,7 @@ class MuonAdamW:
         parameter_KMN -= lr * direction_KMN + (lr * schedule.muon_weight_decay) * decayed_KMN
         for parameter, updated_MN in zip(parameters, parameter_KMN.unbind(), strict=True):
             parameter.copy_(updated_MN)
-        return pieces
-
-    def _receive(self, updated: list[Piece]) -> None:
-        """Exchange updated pieces; every worker issues the same broadcasts in the same order."""
-        if self.world_size == 1:
-            return
-        assert {piece.owner for piece in updated} <= {self.rank}
-        works = [
-            dist.broadcast(self.parameters[piece.name].detach()[piece.lo : piece.hi], src=piece.owner, async_op=True)
-            for piece in self.pieces
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()
+        return set(pieces)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return this worker's state as `PARAMETER/KIND/LO/HI` -> rows LO..HI of that parameter's state.

@@ -21,13 +21,12 @@ BATCH_EXPONENT = 0.383
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """Learning rates at the reference batch and width 768, and Muon's weight decay at the reference horizon."""
+    """Learning rates at the reference batch and width 768."""
 
-    matrix: float = 0.02
-    embedding: float = 0.3
-    unembedding: float = 0.008
-    scalar: float = 0.5
-    weight_decay: float = 0.28
+    matrix: float
+    embedding: float
+    unembedding: float
+    scalar: float
 
 
 def model_shape(depth: int, head_dim: int) -> tuple[int, int]:

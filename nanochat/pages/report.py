@@ -1,7 +1,8 @@
 """A run directory to report.html: what was trained, its curves and samples, the data, the config and the machine.
 
-Reads only what the stages wrote (metrics.jsonl, samples.jsonl, config.json, manifest.json), so it can be made at any
-moment, also of a run that still goes on or was never started: a part that is not there is said to be missing.
+Reads only what the stages wrote (metrics.jsonl, samples.jsonl, config.json, manifest.json, report.json), so it can be
+made at any moment, also of a run that still goes on or was never started: a part that is not there is said to be
+missing.
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ def write_report(run_dir: str) -> str:
         "charts": charts(records),
         "samples": storage.read_jsonl(folder.pretrain.samples)[::-1],
         "data": data_figures(_read(storage.join(folder.shards, MANIFEST)), prepared),
+        "compression": _read(storage.join(folder.tokenizer, "report.json")),
         "config": config_rows(prepared) + config_rows(trained),
         "machine": machine_rows(trained or prepared, _read(folder.pretrain.machine)),
         "starts": [record.get("note", "") for record in storage.read_jsonl(folder.pretrain.notes)],

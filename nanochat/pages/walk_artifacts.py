@@ -1,7 +1,7 @@
 """A run directory to what the walk asks for: its tokenizer, its rows, its model before and after training.
 
 The first row of the validation split is followed: the model never trained on it, so its losses are honest. Models run
-uncompiled, in float32, on CPU, and without a document mask, as the evaluation sees a row.
+uncompiled, in float32, on CPU; a document of the row sees the others as in the run's training and evaluation.
 """
 
 import functools
@@ -21,6 +21,7 @@ from nanochat.errors import CheckpointError, DataError
 from nanochat.model.gpt import GPT
 from nanochat.storage import RunFolder
 from nanochat.training.checkpoint import Checkpoint, load_parameters, newest_checkpoint, step_folder
+from nanochat.training.step import document_numbers
 
 Values = dict[str, Any]
 
@@ -91,7 +92,9 @@ class Walk:
     def losses(self) -> tuple[Tensor, Tensor]:
         """Nats of each of the row's targets before and after training, float32 of shape (sequence_len,)."""
         row_1T = torch.tensor([self.row])
-        before, after = (model.token_losses(row_1T[:, :-1], row_1T[:, 1:])[0] for model in self.models)
+        inputs_1T, targets_1T = row_1T[:, :-1], row_1T[:, 1:]
+        document_1T = document_numbers(inputs_1T, self.tokenizer.bos) if self.config.document_masking else None
+        before, after = (model.token_losses(inputs_1T, targets_1T, document_1T)[0] for model in self.models)
         return before, after
 
 

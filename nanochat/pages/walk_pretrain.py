@@ -42,10 +42,16 @@ FALLBACK_WORD = "strawberry"
 
 
 def text_values(walk: Walk) -> Values:
-    """Return the beginning of the followed document and where it comes from."""
+    """Return the beginning of the followed document, where it comes from, and what is held out there."""
     text = walk.tokenizer.decode(walk.document[1:])
-    source = next(shard.source for shard in walk.shards.split("validation") if shard.rows)
-    return {"text": text[:SHOWN_CHARS], "cut": len(text) > SHOWN_CHARS, "bytes": len(text.encode()), "source": source}
+    shard = next(shard for shard in walk.shards.split("validation") if shard.rows)
+    return {
+        "text": text[:SHOWN_CHARS],
+        "cut": len(text) > SHOWN_CHARS,
+        "bytes": len(text.encode()),
+        "source": shard.source,
+        "by_hash": shard.skipped["other_split"] > 0,
+    }
 
 
 def token_values(walk: Walk) -> Values:

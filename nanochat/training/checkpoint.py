@@ -2,9 +2,9 @@
 
 `checkpoints/step_000123/` holds model.safetensors and state.json (worker 0), optimizer_RR_of_WW.safetensors (every
 worker its own pieces), and checksums_RR_of_WW.json, which each worker writes after its files. The checkpoint exists if
-and only if the checksum files of all workers are there and verify: this is the only source of truth, so a kill at any
-moment leaves either a whole checkpoint or one that is passed over. Saving copies the tensors and returns; a thread
-writes.
+and only if the checksum files of all workers are there, verify, and name the same attempt (start of a worker group) as
+state.json: this is the only source of truth, so a kill at any moment leaves either a whole checkpoint of one attempt
+or one that is passed over. Saving copies the tensors and returns; a thread writes.
 
 Not covered: sharded model weights (every worker has them all).
 """
@@ -44,23 +44,36 @@ def problem_with(folder: str, verify: bool = True) -> str | None:
     if "state.json" not in names:
         return "state.json is missing"
     try:
-        world_size = int(storage.read_json(storage.join(folder, "state.json"))["world_size"])
+        state = storage.read_json(storage.join(folder, "state.json"))
+        world_size = int(state["world_size"])
         if world_size < 1:
             return f"state.json is damaged: world_size is {world_size}"
         for rank in range(world_size):
             checksums = f"checksums_{rank:02d}_of_{world_size:02d}.json"
             if checksums not in names:
                 return f"{checksums} is missing"
-            for name, sha256 in storage.read_json(storage.join(folder, checksums)).items():
+            written = storage.read_json(storage.join(folder, checksums))
+            if written["attempt"] != state["attempt"]:
+                return f"{checksums} is of another attempt than state.json"
+            for name in _files_of(rank, world_size):
+                sha256 = written["sha256"][name]
                 if name not in names:
                     return f"{name} is missing"
                 if verify and storage.sha256_file(storage.join(folder, name)) != sha256:
                     return f"{name} is damaged: its checksum differs"
     except FileNotFoundError as err:
         return f"it is being deleted ({err})"
+    except OSError as err:
+        return f"it cannot be read ({err})"
     except (ValueError, KeyError, TypeError) as err:
-        return f"its JSON is damaged ({err})"
+        return f"its JSON is damaged ({err!r})"
     return None
+
+
+def _files_of(rank: int, world_size: int) -> list[str]:
+    """Return the files that a worker writes before its checksums."""
+    files = [f"optimizer_{rank:02d}_of_{world_size:02d}.safetensors"]
+    return [*files, "model.safetensors", "state.json"] if rank == 0 else files
 
 
 def newest_checkpoint(checkpoints: str, passed_over: Callable[[str], None]) -> int | None:
@@ -123,10 +136,14 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Writes one worker's part of checkpoints in the background, one at a time."""
+    """Writes one worker's part of checkpoints in the background, one at a time.
 
-    def __init__(self, checkpoints: str, rank: int, world_size: int, keep: int) -> None:
+    `attempt` names this start of the worker group, the same on all its workers.
+    """
+
+    def __init__(self, checkpoints: str, *, rank: int, world_size: int, keep: int, attempt: str) -> None:
         self.checkpoints, self.rank, self.world_size, self.keep = checkpoints, rank, world_size, keep
+        self.attempt = attempt
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -161,15 +178,15 @@ class CheckpointWriter:
     def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         folder = step_folder(self.checkpoints, step)
         part = f"{self.rank:02d}_of_{self.world_size:02d}"
-        names = [f"optimizer_{part}.safetensors"]
-        _save_file(storage.join(folder, names[0]), optimizer)
+        _save_file(storage.join(folder, f"optimizer_{part}.safetensors"), optimizer)
         if self.rank == 0:
-            names += ["model.safetensors", "state.json"]
             _save_file(storage.join(folder, "model.safetensors"), model)
-            stamped = {"format_version": FORMAT_VERSION, "world_size": self.world_size, "step": step} | state
-            storage.write_json(storage.join(folder, "state.json"), stamped)
-        checksums = {name: storage.sha256_file(storage.join(folder, name)) for name in names}
-        storage.write_json(storage.join(folder, f"checksums_{part}.json"), checksums)
+            stamp = {"format_version": FORMAT_VERSION, "world_size": self.world_size, "attempt": self.attempt}
+            storage.write_json(storage.join(folder, "state.json"), stamp | {"step": step} | state)
+        sha256 = {
+            name: storage.sha256_file(storage.join(folder, name)) for name in _files_of(self.rank, self.world_size)
+        }
+        storage.write_json(storage.join(folder, f"checksums_{part}.json"), {"attempt": self.attempt, "sha256": sha256})
 
     def _prune(self, newest: int) -> None:
         """Delete what is older than the newest `keep` complete checkpoints before `newest`, whole or not.

@@ -1,6 +1,5 @@
 """What this process computes on: device, dtype, threads, allocator, memory, peak speed. Asked per run, never early."""
 
-import ctypes
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ import torch
 
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.errors import ConfigError
+from nanochat.run_context import RunContext
 
 PEAK_BF16_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
@@ -72,27 +72,20 @@ class Hardware:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
-
-def choose_hardware(
-    config: PretrainConfig, local_rank: int, local_world_size: int, use_gpu: bool | None = None
-) -> Hardware:
+def choose_hardware(config: PretrainConfig, run: RunContext) -> Hardware:
     """Pick device and dtype for a worker, and set its thread count.
 
     Raises: ConfigError if FP8 or a dtype is asked for that the hardware lacks.
     """
-    if use_gpu is not False and torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if run.use_gpu and torch.cuda.is_available():
+        device = torch.device("cuda", run.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    elif use_gpu is not False and torch.backends.mps.is_available() and local_world_size == 1:
+    elif run.use_gpu and torch.backends.mps.is_available() and run.world_size == 1:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // local_world_size))
+        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // run.local_world_size))
     if config.fp8 and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)):
         raise ConfigError("fp8=True: needs an NVIDIA Hopper GPU or newer. Leave it out: bfloat16 runs everywhere.")
     if config.dtype != "auto":
@@ -143,15 +136,6 @@ def describe_machine(hardware: Hardware) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def keep_freed_memory() -> None:
-    """Make this process's C allocator keep freed memory, where it is glibc; for processes started without
-    CPU_ALLOCATOR_ENVIRONMENT. Call it before threads allocate."""  # noqa: D209
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    for option, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 28)):  # arenas, mmaps, trim threshold, top pad
-        libc.mallopt(option, value)
 
 
 def matmul_gflops(dtype: torch.dtype, device: torch.device, repeats: int = 30) -> float:

@@ -24,22 +24,26 @@ class StepClock:
         self._lap_s, self._lap_steps = 0.0, 0
         self._mark_s = self._checked_s = time.perf_counter()
 
-    def start(self, step: int) -> None:
-        """Begin to measure."""
-        self.waited_s = 0.0
-        self.skip()
-
     def skip(self) -> None:
         """Leave out the time since the last mark."""
         self._mark_s = time.perf_counter()
 
+    def count(self) -> float:
+        """Count the time since the last mark as training time; returns it."""
+        elapsed_s = time.perf_counter() - self._mark_s
+        self._mark_s += elapsed_s
+        self._lap_s += elapsed_s
+        self.training_s += elapsed_s
+        return elapsed_s
+
+    def rows_arrived(self) -> None:
+        """Count the time since the last mark as a wait for rows."""
+        self.waited_s += self.count()
+
     def step_done(self) -> None:
-        """Count the time since the last mark as one step."""
-        now_s = time.perf_counter()
-        self._lap_s += now_s - self._mark_s
-        self.training_s += now_s - self._mark_s
+        """Count the time since the last mark as the end of a step."""
+        self.count()
         self._lap_steps += 1
-        self._mark_s = now_s
 
     def every(self, seconds: float) -> bool:
         """Tell whether this many seconds have passed since this last said so."""

@@ -87,6 +87,14 @@ def resolve(config: PretrainConfig, vocab_size: int, sequence_len: int) -> Plan:
     )
 
 
+def learning_rates(config: PretrainConfig) -> scaling.LearningRates:
+    """Return the learning rates as given, before the batch and the schedule multiply them."""
+    return scaling.LearningRates(
+        matrix=config.matrix_lr, embedding=config.embedding_lr, unembedding=config.unembedding_lr,
+        scalar=config.scalar_lr,
+    )  # fmt: skip
+
+
 def fixed_bytes(model: ModelConfig, world_size: int) -> int:
     """Return the memory of float32 weights, gradients and this worker's share of two optimiser moments."""
     return scaling.parameter_counts(model)["total"] * (8 + -(-8 // world_size))

@@ -9,7 +9,7 @@ Sources: the loop's parts are nanochat's (base_train.py@92d63d4); the recipe for
 import gc
 import itertools
 import math
-import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -90,7 +90,8 @@ def pretrain(config: PretrainConfig, run: RunContext, inputs: PretrainInputs) ->
     """Train until the last step or until asked to stop; returns the last checkpoint if the horizon is reached.
 
     Raises: TrainingDivergedError on a NaN or infinite loss; CheckpointError if the state to resume from does not fit;
-    TokenizerMismatchError if it was trained with another tokenizer.
+    TokenizerMismatchError if it was trained with another tokenizer; torch.OutOfMemoryError, after which the next start
+    uses a smaller micro-batch.
     """
     try:
         return _Pretraining(config, run, inputs).run()
@@ -106,16 +107,12 @@ class _Pretraining:
         self.config, self.context, self.inputs = config, run, inputs
         self.tokenizer, self.folder = inputs.tokenizer, inputs.folder
         self.plan = planning.resolve(config, self.tokenizer.vocab_size, inputs.shards.sequence_len)
-        self.hardware: Hardware = choose_hardware(config, run.local_rank, run.local_world_size)
+        self.hardware: Hardware = choose_hardware(config, run)
         self.free_bytes = self.hardware.free_bytes()  # before anything of the plan is allocated
         self.stream: Iterator[StepRows] = iter(inputs.stream)
         self.model = self._build_model()
         groups = scaling.parameter_groups(
-            self.plan.model, [name for name, _ in self.model.named_parameters()],
-            scaling.LearningRates(
-                matrix=config.matrix_lr, embedding=config.embedding_lr, unembedding=config.unembedding_lr,
-                scalar=config.scalar_lr,
-            ),
+            self.plan.model, [name for name, _ in self.model.named_parameters()], planning.learning_rates(config),
             self.plan.lr_factor,
         )  # fmt: skip
         self.optimizer = MuonAdamW(
@@ -123,7 +120,10 @@ class _Pretraining:
             world_size=run.world_size,
         )  # fmt: skip
         self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes()).to(self.hardware.device)
-        self.writer = CheckpointWriter(self.folder.checkpoints, run.rank, run.world_size, config.keep_checkpoints)
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints, rank=run.rank, world_size=run.world_size, keep=config.keep_checkpoints,
+            attempt=self._attempt(),
+        )  # fmt: skip
         self.metrics = MetricsWriter(self.folder, enabled=run.rank == 0, wandb=config.wandb, config=asdict(config))
         self.clock = StepClock(self.plan, self.hardware)
         self.saved_step = -1
@@ -137,14 +137,22 @@ class _Pretraining:
 
     def run(self) -> Checkpoint | None:
         """Train from wherever the stream stands."""
-        batch = self._next_rows()
+        batch = next(self.stream)
         step = batch.step
         self._restore(step)
         self.step = TrainingStep(
             self.model, self.optimizer, tokenizer=self.tokenizer, document_masking=self.config.document_masking,
             micro_batch_rows=self._fit_micro_batch(batch.rows_BT1),
         )  # fmt: skip
-        self.clock.start(step)
+        self.clock.skip()
+        try:
+            return self._finish(self._train(step, batch))
+        except torch.OutOfMemoryError:
+            self._lower_memory_limit()
+            raise
+
+    def _train(self, step: int, batch: StepRows) -> int:
+        """Run steps until the last one or until asked to stop; returns the step that would come next."""
         stopped = False
         while step < self.plan.num_steps and not stopped:
             if self._due(self.config.evaluate_every, step):
@@ -163,7 +171,7 @@ class _Pretraining:
                 batch = self._next_rows()
                 assert batch.step == step, f"the stream is at step {batch.step}, the loop at {step}"
             self._tame_garbage_collector(step)
-        return self._finish(step)
+        return step
 
     def _finish(self, step: int) -> Checkpoint | None:
         """Write the last checkpoint; at the horizon also evaluate and sample."""
@@ -178,6 +186,13 @@ class _Pretraining:
             dist.barrier()
         self.metrics.close()
         return Checkpoint(step_folder(self.folder.checkpoints, step)) if reached else None
+
+    def _attempt(self) -> str:
+        """Return a name for this start of the worker group, the first worker's choice."""
+        name = [uuid.uuid4().hex]
+        if self.context.world_size > 1:
+            dist.broadcast_object_list(name, src=0, device=self.hardware.device)
+        return name[0]
 
     def _build_model(self) -> GPT:
         """Create the model in float32 with the seed's parameters, the same on every worker."""
@@ -228,6 +243,10 @@ class _Pretraining:
             free_bytes=self.free_bytes // (1 if self.hardware.device.type == "cuda" else self.context.local_world_size),
             world_size=self.context.world_size,
         )  # fmt: skip
+        if storage.exists(self.folder.memory_limit):
+            limit = storage.read_json(self.folder.memory_limit)
+            size = min(size, limit["micro_batch_rows"])
+            self.model.recompute |= limit["recompute"]
         while True:
             size = len(split_rows(rows_BT1, size)[0])
             trial = TrainingStep(
@@ -251,6 +270,13 @@ class _Pretraining:
                 self.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
 
+    def _lower_memory_limit(self) -> None:
+        """Leave a smaller micro-batch, or recomputing, to the next start: the trial was not the worst case."""
+        rows = self.step.micro_batch_rows
+        limit = {"micro_batch_rows": max(1, rows // 2), "recompute": self.model.recompute or rows == 1}
+        storage.write_json(self.folder.memory_limit, limit)
+        self.folder.note(f"out of memory with {rows} rows: the next start uses {limit}")
+
     def _least(self, size: int) -> int:
         """Return the least size of all workers, which then share validation batches of equal shape."""
         if self.context.world_size > 1:
@@ -266,10 +292,10 @@ class _Pretraining:
         return every > 0 and step % every == 0
 
     def _next_rows(self) -> StepRows:
-        """Take the next step's rows and log how long the loop was blocked."""
-        start_s = time.perf_counter()
+        """Take the next step's rows and count how long the loop was blocked."""
+        self.clock.count()
         batch = next(self.stream)
-        self.clock.waited_s += time.perf_counter() - start_s
+        self.clock.rows_arrived()
         return batch
 
     def _stop_requested(self) -> bool:
@@ -279,7 +305,6 @@ class _Pretraining:
 
     def _log(self, step: int, batch: StepRows, loss: float) -> None:
         """Write what a step says: every `log_every` steps, and the first and last."""
-        self.hardware.synchronize()
         self.clock.step_done()
         if self.config.log_row_ids:
             path = storage.join(self.folder.root, f"rows_{self.context.rank:02d}.jsonl")
@@ -336,14 +361,13 @@ class _Pretraining:
 
     def _divergence(self, name: str, value: float, step: int) -> str:
         """Return the message; a checkpoint of this very step holds what diverged, so an older one is named."""
-        checkpoints = self.folder.checkpoints
-        good = [
-            saved
-            for saved in steps_found(checkpoints)
-            if saved < step
-            and (saved == self.saved_step or problem_with(step_folder(checkpoints, saved), verify=False) is None)
-        ]
-        last = f"the last good checkpoint is {step_folder(checkpoints, good[-1])}" if good else "there is no checkpoint"
+        self.writer.wait()
+        if self.context.world_size > 1:
+            dist.barrier()
+        older = [saved for saved in steps_found(self.folder.checkpoints) if saved < step]
+        folders = [step_folder(self.folder.checkpoints, saved) for saved in older]
+        good = [folder for folder in folders if problem_with(folder) is None]
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint"
         return (
             f"{name}={value}: not finite at step {step}; {last}. "
             "Lower matrix_lr and embedding_lr, or look at the rows of this step."

@@ -21,14 +21,18 @@ class Kill:
     place: str
     rank: int
     count: int
+    number: int = 0
+
+    def marker(self, folder: Path) -> Path:
+        """The file that says that it happened."""
+        return folder / f"killed_{self.place}_{self.rank}_{self.number}"
 
 
 def kill_once(kill: Kill, folder: Path, calls: list[int]) -> None:
     """Die at the given call, unless an earlier attempt already did."""
     calls.append(1)
-    marker = folder / f"killed_{kill.place}_{kill.rank}"
-    if len(calls) == kill.count and not marker.exists():
-        marker.touch()
+    if len(calls) == kill.count and not kill.marker(folder).exists():
+        kill.marker(folder).touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -66,7 +70,7 @@ def arm(kill: Kill, folder: Path) -> None:
 
 
 def worker_with(kills: list[Kill], folder: Path):
-    """Return a stand-in for `trainer.train_worker` that dies at each of the places once."""
+    """Return a stand-in for `trainer.train_worker` that dies at each of the places once, in their order."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 
     def train_worker(job):
@@ -74,8 +78,9 @@ def worker_with(kills: list[Kill], folder: Path):
 
         rank = ray.train.get_context().get_world_rank()
         for kill in kills:
-            if kill.rank == rank and not (folder / f"killed_{kill.place}_{kill.rank}").exists():
-                arm(kill, folder)
+            if not kill.marker(folder).exists():
+                if kill.rank == rank:
+                    arm(kill, folder)
                 break
         trainer.train_worker(job)
 

@@ -36,8 +36,9 @@ def test_an_error_comes_out_as_it_was(ray_session):
     def work(item):
         raise DataError(f"corpus={item}: is empty.")
 
-    with pytest.raises(DataError, match=r"^corpus=a: is empty\.$"):
+    with pytest.raises(DataError, match=r"^corpus=a: is empty\.") as caught:
         list(ray_map(work, ["a"]))
+    assert "test_session.py" in caught.value.__notes__[0], "and says where it was raised"
 
 
 def test_packing_on_ray_equals_packing_here(ray_session, tiny_run, tmp_path):

@@ -1,11 +1,12 @@
 """The stream through Ray Data: the rows of every step, for any number of workers, from any step."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from nanochat.cluster.stream import StreamSpec, slots_for, steps_of
+from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
 from nanochat.data.row_order import RowReader
 from nanochat.data.token_shards import TokenShards
 from nanochat.errors import ConfigError
@@ -19,7 +20,7 @@ NUM_STEPS = 23
 def spec_of(tiny_run, folder, slots=4):
     shards = TokenShards.load(str(tiny_run / "shards"))
     return StreamSpec(
-        shards=shards, seed=3, rows_per_step=8, num_steps=NUM_STEPS, slots=slots, folder=StageFolder(str(folder))
+        shards=shards, seed=3, rows_per_step=8, num_steps=NUM_STEPS, workers=[slots], folder=StageFolder(str(folder))
     )
 
 
@@ -73,12 +74,15 @@ def test_a_finished_run_still_tells_its_step(ray_session, tiny_run, tmp_path):
     assert first.step == NUM_STEPS
 
 
-def test_slots_serve_every_allowed_number_of_workers():
-    assert slots_for(16, 1, 4) == 4
-    assert slots_for(24, 2, 6) == 12
-    assert slots_for(8, 8, 8) == 8
+def test_slots_serve_every_allowed_number_of_workers(tiny_run, tmp_path):
+    def slots(*arguments):
+        return replace(spec_of(tiny_run, tmp_path), workers=allowed_workers(*arguments)).slots
+
+    assert slots(16, 1, 4) == 4
+    assert slots(24, 2, 6) == 12
+    assert slots(8, 8, 8) == 8
     with pytest.raises(ConfigError, match=r"num_workers=3: must divide the 16 rows of a step. Use 2"):
-        slots_for(16, 3, 3)
+        allowed_workers(16, 3, 3)
 
 
 def test_workers_that_do_not_divide_the_slots_are_refused(ray_session, tiny_run, tmp_path):

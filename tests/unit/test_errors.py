@@ -22,6 +22,27 @@ def test_an_error_survives_pickling_with_its_message(cls):
     assert copy.args == (message,)
 
 
+HOSTILE = "a\x1b[2J\x07b\u202ec\n\u00e9 \ud800" + "x" * 50_000
+
+
+def test_what_comes_from_outside_is_one_short_printable_line():
+    shown = errors.excerpt(HOSTILE)
+    assert shown.startswith(r"a\x1b[2J\x07b\u202ec \xe9 \ud800xxx".replace(r"\xe9", "\u00e9"))
+    assert shown.endswith("x...")
+    assert len(shown) == errors.EXCERPT_CHARS
+    assert shown.isprintable()
+    assert len(errors.excerpt("\x1b" * 50_000)) == errors.EXCERPT_CHARS
+    assert errors.excerpt(ValueError("two\n  lines")) == "two lines"
+    assert errors.excerpt("x" * errors.EXCERPT_CHARS) == "x" * errors.EXCERPT_CHARS
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_message_steers_a_terminal(cls):
+    error = cls("path=/tmp/\x1b]0;title\x07\nna\u00efve.parquet: is damaged.")
+    assert str(error) == "path=/tmp/\\x1b]0;title\\x07\\nna\u00efve.parquet: is damaged."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_error_is_in_the_drawing_and_is_a_nanochat_error(cls):
     assert issubclass(cls, errors.NanochatError)

@@ -2,15 +2,18 @@
 
 import subprocess
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
 from nanochat import __version__, provenance, storage
+from nanochat.config.corpus import CorpusConfig
 from nanochat.config.identity import Identity, identity_fields, refuse_other_identity
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.shards import ShardsConfig
+from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.errors import ConfigError
-from nanochat.provenance import begin_stage
+from nanochat.provenance import begin_stage, check_stage
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -47,7 +50,7 @@ def test_another_identity_is_refused_with_the_difference_and_nothing_is_written(
         begin_stage(folder, {"pretrain": replace(CONFIG, depth=6, matrix_lr=0.03, log_every=1)})
     assert str(raised.value) == (
         f"pretrain.depth=6 (was 4), pretrain.matrix_lr=0.03 (was 0.02): {folder} holds a run with other values. "
-        "Use the old values to resume it, or another --run-dir to start anew."
+        "Use the old values to resume it, or another --run-dir (make: RUN_DIR=...) to start anew."
     )
     assert storage.read_json(storage.join(folder, "config.json")) == before
 
@@ -76,9 +79,25 @@ CADENCE = {
 
 
 def test_all_that_changes_the_numbers_of_pretraining_is_identity():
-    from dataclasses import fields
-
     assert {field.name for field in fields(PretrainConfig)} - set(identity_fields(CONFIG)) == CADENCE
+
+
+@pytest.mark.parametrize(
+    ("config", "cadence"),
+    [(CorpusConfig(), {"max_bytes", "mirror"}), (TokenizerConfig(), set()), (ShardsConfig(), set())],
+    ids=lambda value: type(value).__name__,
+)
+def test_all_that_changes_the_rows_is_identity(config, cadence):
+    assert {field.name for field in fields(config)} - set(identity_fields(config)) == cadence
+
+
+def test_checking_a_stage_writes_nothing(folder):
+    identity = check_stage(folder, {"pretrain": CONFIG})
+    assert identity["pretrain.depth"] == 4
+    assert not storage.exists(storage.join(folder, "config.json"))
+    begin_stage(folder, {"pretrain": CONFIG})
+    with pytest.raises(ConfigError, match="depth"):
+        check_stage(folder, {"pretrain": replace(CONFIG, depth=6)})
 
 
 def test_the_commit_says_whether_the_tree_was_changed(tmp_path, monkeypatch):

@@ -164,13 +164,29 @@ def test_a_scheme_without_a_reader_says_what_to_do():
         storage.exists("nosuch://x")
 
 
+def test_a_local_run_folder_means_the_same_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder("runs/x").pretrain.root == f"{tmp_path}/runs/x/pretrain"
+    assert RunFolder("runs/x").ray_log == f"{tmp_path}/runs/x/ray.log"
+    assert RunFolder("memory://runs/x").root == "memory://runs/x"
+    assert storage.is_local(RunFolder("memory://runs/x").ray_log)
+
+
 def test_every_path_of_a_run_lies_in_its_folder():
     run = RunFolder("memory://runs/one")
     assert run.pretrain == StageFolder("memory://runs/one/pretrain")
     assert run.pretrain.checkpoints == "memory://runs/one/pretrain/checkpoints"
     stage = run.pretrain
     paths = [run.text, run.tokenizer, run.shards, run.report, run.walk, run.summary]
-    paths += [stage.config, stage.metrics, stage.samples, stage.checkpoints, stage.stop, stage.log]
+    paths += [
+        stage.config,
+        stage.metrics,
+        stage.samples,
+        stage.checkpoints,
+        stage.stop,
+        stage.errors,
+        stage.memory_limit,
+    ]
     assert len(set(paths)) == len(paths)
     assert all(path.startswith("memory://runs/one/") for path in paths)
     assert storage.name_of(run.report) == "report.html"

@@ -2,12 +2,14 @@
 
 import io
 import os
+import pickle
 import signal
+import traceback
 
 import pytest
 
 from nanochat.cluster import terminal
-from nanochat.cluster.terminal import ERROR_LINES, Terminal, last_lines, on_interrupt, run_job
+from nanochat.cluster.terminal import ERROR_LINES, Terminal, last_lines, on_interrupt, run_job, with_story
 from nanochat.errors import ConfigError
 
 
@@ -69,10 +71,29 @@ def deep(levels: int) -> None:
 def test_an_unforeseen_error_ends_in_its_own_exception_file_line_and_log(capsys, levels):
     assert run_job(lambda: deep(levels), "runs/x/ray.log") == 1
     lines = capsys.readouterr().err.strip("\n").split("\n")
-    assert len(lines) <= ERROR_LINES
-    assert lines[-1] == "the whole story: runs/x/ray.log"
+    assert len(lines) <= ERROR_LINES + 1
+    assert lines[-1] == "Ray's log: runs/x/ray.log"
     assert lines[-3:-1] == ["RuntimeError: the cause", "in two lines"]
     assert any("test_terminal.py" in line and "line" in line for line in lines)
+
+
+def test_an_error_of_another_process_still_names_its_file_and_line(capsys):
+    """Pickling drops the traceback; the story noted before goes along."""
+    try:
+        deep(300)
+    except RuntimeError as err:
+        received = pickle.loads(pickle.dumps(with_story(err, "in worker 1", traceback.format_exc(), "errors/1.txt")))
+
+    def main() -> None:
+        raise received
+
+    assert run_job(main, "ray.log") == 1
+    lines = capsys.readouterr().err.strip("\n").split("\n")
+    assert len(lines) <= ERROR_LINES + 1
+    assert lines[:2] == ["RuntimeError: the cause", "in two lines"]
+    assert "in worker 1:" in lines
+    assert any('test_terminal.py", line' in line and "in deep" in line for line in lines)
+    assert lines[-2:] == ["the whole story: errors/1.txt", "Ray's log: ray.log"]
 
 
 def test_a_long_traceback_keeps_its_head_and_its_end():
@@ -80,7 +101,7 @@ def test_a_long_traceback_keeps_its_head_and_its_end():
         raise ValueError("\n".join(map(str, range(50))))
     except ValueError as err:
         lines = last_lines(err)
-    assert len(lines) == ERROR_LINES - 1
+    assert len(lines) == ERROR_LINES
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[1] == "  ..."
     assert lines[-1] == "49"

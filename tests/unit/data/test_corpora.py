@@ -91,6 +91,16 @@ def test_the_validation_shard_is_pinned_by_name(tmp_path):
         prepare(tmp_path / "in", tmp_path, validation_shard="q.parquet")
 
 
+def test_names_of_files_cannot_steer_the_terminal(tmp_path):
+    put(tmp_path / "in", *(f"\x1b[2J{'x' * 200}{number}.parquet" for number in range(4)))
+    with pytest.raises(ConfigError, match=r"There are 4 files: \\x1b\[2Jxxx") as caught:
+        prepare(tmp_path / "in", tmp_path, validation_shard="q.parquet")
+    assert str(caught.value).isprintable()
+    lines = []
+    prepare_corpus(CorpusConfig(corpus=str(tmp_path / "in")), RunContext(progress=lines.append), "", None)
+    assert lines[-1].isprintable()
+
+
 def test_one_file_is_divided_by_hash(tmp_path):
     documents = [f"document {number}" for number in range(200)]
     (tmp_path / "one.parquet").write_bytes(parquet(*documents))

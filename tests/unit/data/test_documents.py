@@ -191,6 +191,31 @@ def test_a_column_of_another_type_is_named(tmp_path):
         read(path)
 
 
+HOSTILE = "\x1b[2J\x1b]0;owned\x07" * 5_000
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+@pytest.mark.parametrize("keys", [{HOSTILE: "x"}, {f"{number}\x1b": "x" for number in range(9_999)}])
+def test_names_in_a_file_come_short_and_printable_into_the_message(tmp_path, name, keys):
+    path = tmp_path / name
+    if name == "a.jsonl":
+        path.write_text(json.dumps(keys))
+    else:
+        pq.write_table(pa.table({key: [value] for key, value in keys.items()}), path)
+    with pytest.raises(DataError, match=r"text_column=text: .* columns|keys: .*x1b.*\.\.\.") as caught:
+        check_shard(str(path), "text")
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+def test_a_type_in_a_file_comes_short_and_printable_into_the_message(tmp_path):
+    pq.write_table(pa.table({"text": [{HOSTILE: 1}], HOSTILE: [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"has struct<\\x1b.* there, not text\. Its columns: text, ") as caught:
+        check_shard(str(tmp_path / "a.parquet"), "text")
+    assert len(str(caught.value)) < 700
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     "line", ['{"text": "cut', "not json", "[1, 2]", "[" * 100_000, '{"text": ' + "9" * 9_999 + "}"]
 )

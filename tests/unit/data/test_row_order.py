@@ -141,7 +141,9 @@ def test_reading_in_order_reads_each_group_once(shards, monkeypatch):
     read = []
     original = row_order_module.read_group
     monkeypatch.setattr(
-        row_order_module, "read_group", lambda file, shard, group: read.append(group) or original(file, shard, group)
+        row_order_module,
+        "read_group",
+        lambda file, shard, group, size: read.append(group) or original(file, shard, group, size),
     )
     reader = RowReader(shards, "train", seed=3)
     for first in range(0, reader.order.rows_per_epoch - 16, 16):

@@ -240,8 +240,19 @@ def with_right_hash(content):
         (lambda content: content | {"hash": None}, "hash"),
         (lambda content: with_right_hash(content | {"merges": ["!"]}), "merges"),
         (lambda content: with_right_hash(content | {"merges": [7]}), "cannot be used"),
-        (lambda content: with_right_hash(content | {"merges": ["YWI=", "YWI="]}), "merges must differ"),
-        (lambda content: with_right_hash(content | {"pattern": "("}), "cannot be used"),
+        (lambda content: with_right_hash(content | {"merges": ["YWI=", "YWI="]}), "must be new"),
+        (lambda content: with_right_hash(content | {"merges": ["YWJj", "YWI="]}), "merge 0, b'abc', must .* join two"),
+        (lambda content: with_right_hash(content | {"merges": ["YQ=="]}), "merge 0"),
+        (lambda content: with_right_hash(content | {"merges": None}), "cannot be used"),
+        (lambda content: with_right_hash(content | {"pattern": 7}), "split pattern"),
+        (lambda content: with_right_hash(content | {"pattern": ""}), "split pattern is none of nanochat, unspaced"),
+        (lambda content: with_right_hash(content | {"pattern": r"\w+"}), "split pattern"),
+        (lambda content: with_right_hash(content | {"pattern": ["("]}), "split pattern"),
+        (lambda content: with_right_hash(content | {"special_tokens": ["\x1b[2J" * 50_000]}), "special tokens"),
+        (lambda content: b"[" * 100_000, "is no JSON"),
+        (lambda content: b"9" * 10_000, "is no JSON"),
+        (lambda content: b'{"format": [1, 2], "version": {}}', "must have format"),
+        (lambda content: b" " * (1 << 26) + b"{}", "bytes are too many"),
         (lambda content: with_right_hash(content | {"special_tokens": ["<|bos|>"]}), "special tokens"),
         (lambda content: with_right_hash({key: content[key] for key in ("format", "version")}), "cannot be used"),
     ],
@@ -254,6 +265,8 @@ def test_a_damaged_file_is_refused(tmp_path, damage, words):
     with pytest.raises(DataError, match=words) as caught:
         Tokenizer.load(str(tmp_path))
     assert str(path) in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -322,10 +335,14 @@ def test_report_without_network_the_references_say_why(corpus, monkeypatch):
 
 def test_report_a_server_that_never_answers_does_not_hang(corpus, monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: released.wait(30))
+    asked = []
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: asked.append(name) or released.wait(30))
+    assert tokenizer_module.REFERENCE_TIMEOUT_S <= 5
     monkeypatch.setattr(tokenizer_module, "REFERENCE_TIMEOUT_S", 0.01)
     encodings = compression_report(Tokenizer([], SPLIT_PATTERNS["nanochat"]), corpus)["encodings"]
+    assert asked == ["gpt2"], "one wait is enough to know"
     released.set()
+    assert "no answer" in encodings["gpt2"]["skipped"]
     assert "no answer" in encodings["cl100k_base"]["skipped"]
 
 

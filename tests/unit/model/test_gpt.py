@@ -307,19 +307,30 @@ def test_initialisation_draws_every_parameter():
     state = model.state_dict()
     assert all(value.isfinite().all() for value in state.values())
     assert state["transformer.wte.weight"].std().item() == pytest.approx(0.8, rel=0.1)
-    assert state["transformer.h.1.attn.c_q.weight"].std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert state["lm_head.weight"].std().item() == pytest.approx(0.001, rel=0.1)
+    for name in ("transformer.h.1.attn.c_q", "transformer.h.1.attn.c_k", "transformer.h.1.attn.c_v", "value_embeds.0"):
+        assert state[f"{name}.weight"].std().item() == pytest.approx(32**-0.5, rel=0.1), name
+        assert state[f"{name}.weight"].abs().max().item() == pytest.approx((3 / 32) ** 0.5, rel=0.02), name
+    for name in ("transformer.h.0.attn.ve_gate", "smear_gate"):
+        assert 0 <= state[f"{name}.weight"].min() < 0.004 < 0.016 < state[f"{name}.weight"].max() < 0.02, name
     assert state["transformer.h.1.mlp.c_fc.weight"].abs().max().item() == pytest.approx(0.4 * (3 / 32) ** 0.5, rel=0.02)
-    assert state["transformer.h.1.mlp.c_proj.weight"].abs().max() == 0
+    for name in ("transformer.h.1.mlp.c_proj.weight", "transformer.h.1.attn.c_proj.weight", "smear_lambda"):
+        assert state[name].abs().max() == 0, name
     assert state["resid_lambdas"].tolist() == pytest.approx([1.15, 1.10, 1.05])
     assert state["x0_lambdas"].tolist() == pytest.approx([0.20, 0.125, 0.05])
     assert state["backout_lambda"].item() == pytest.approx(0.2)
 
 
-def test_linear_keeps_its_input_dtype():
+def test_linear_multiplies_in_its_inputs_dtype_and_keeps_float32_weights_and_gradients():
     linear = Linear(4, 3)
-    y = linear(torch.ones(2, 4, dtype=torch.bfloat16))
+    x = torch.arange(8, dtype=torch.bfloat16).view(2, 4)
+    y = linear(x)
     assert y.dtype == torch.bfloat16
-    assert linear.weight.dtype == torch.float32
+    torch.testing.assert_close(y, x @ linear.weight.bfloat16().T, rtol=0, atol=0)
+    y.sum().backward()
+    assert linear.weight.dtype == linear.weight.grad.dtype == torch.float32
+    assert linear.weight.grad.tolist() == [[4.0, 6.0, 8.0, 10.0]] * 3
+    assert [name for name, _ in linear.named_parameters()] == ["weight"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from nanochat.config.model import ModelConfig, stock
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.model import scaling
 from nanochat.model.gpt import GPT
-from nanochat.training.plan import Plan, resolve, resolve_model
+from nanochat.training.plan import Plan, learning_rates, resolve, resolve_model
 
 VOCAB, T = 32_768, 2048
 
@@ -129,7 +129,7 @@ def test_the_reference_is_depth_12_with_the_same_parts():
 def test_groups_hold_every_parameter_once_with_nanochats_rates():
     config = ModelConfig(sequence_len=16, vocab_size=64, n_layer=4, n_head=4, n_kv_head=2, n_embd=192, smear=True)
     names = [name for name, _ in GPT(config).named_parameters()]
-    groups = scaling.parameter_groups(config, names, scaling.LearningRates(), lr_factor=2.0)
+    groups = scaling.parameter_groups(config, names, learning_rates(PretrainConfig()), lr_factor=2.0)
     assert sorted(name for group in groups for name in group.names) == sorted(names)
     rules = {group.names[0]: (group.kind, group.lr, group.weight_decay, group.betas) for group in groups}
     # The batch doubles every rate; (192 / 768)^-0.5 doubles those of the tables and the head once more.

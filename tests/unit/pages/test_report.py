@@ -98,6 +98,21 @@ def test_data_figures_are_the_manifests(page, tiny_run):
     assert f"{totals['text_bytes'] / totals['tokens']:.2f} {100 * totals['cropped_share']:.1f} %" in page.text
 
 
+def test_compression_stands_beside_other_tokenizers(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    encodings = {
+        "ours": {"vocab_size": 4096, "tokens": 100, "bytes_per_token": 3.456},
+        "gpt2": {"vocab_size": 50257, "tokens": 80, "bytes_per_token": 4.0},
+        "cl100k_base": {"skipped": "no answer <within> 5 s"},
+    }
+    report = {"documents": 2, "text_bytes": 345_600, "tokenizer_hash": "", "encodings": encodings}
+    storage.write_json(str(tmp_path / "run/tokenizer/report.json"), report)
+    text = Page(read(write_report(str(tmp_path / "run")))).text
+    assert "on 346 kB of held-out text" in text
+    table = "ours 4,096 3.46 gpt2 50,257 4.00 cl100k_base skipped: no answer <within> 5 s"
+    assert f"tokenizer vocabulary bytes per token {table}" in text
+
+
 def test_parameters_config_machine_and_starts(page, tiny_run):
     config = storage.read_json(f"{tiny_run}/pretrain/config.json")
     for kind, number in config["resolved"]["parameters"].items():
@@ -129,6 +144,7 @@ def test_a_noted_machine_is_shown(tiny_run, tmp_path):
         ("pretrain", "Nothing has been trained in this run yet."),
         ("pretrain/metrics.jsonl", "There is no record in pretrain/metrics.jsonl yet"),
         ("pretrain/samples.jsonl", "No samples have been drawn yet."),
+        ("tokenizer/report.json", "There is no tokenizer/report.json: compression has not been compared."),
         ("shards/manifest.json", "There is no shards/manifest.json"),
         ("pretrain/config.json", "There is no pretrain/config.json"),
         ("", "No stage has written its config yet."),

@@ -17,7 +17,7 @@ from nanochat.data.row_order import RowOrder
 from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
 from nanochat.model.gpt import GPT
 from nanochat.pages import walk_pretrain
-from nanochat.pages.page import source_of
+from nanochat.pages.page import environment, source_of
 from nanochat.pages.walk import SECTIONS, write_walk
 from nanochat.pages.walk_artifacts import Section, Walk, piece_lengths, shown_tokens
 
@@ -154,6 +154,34 @@ def test_losses_are_those_of_the_models_before_and_after(walk, row_1T, page):
         assert f'title="{float(losses_T[5]):.2f} nats"' in page
     assert values["blind"] == pytest.approx(math.log(walk.tokenizer.vocab_size))
     assert values["models"][0]["mean"] == pytest.approx(values["blind"], abs=0.1)
+
+
+def test_losses_of_a_run_that_masks_documents_are_masked(tiny_run):
+    walk = Walk(tiny_run)
+    walk.row = next(row for row in walk.validation_rows() if row.count(walk.tokenizer.bos) > 1)
+    _, unmasked_T = walk.losses
+    masking = Walk(tiny_run)
+    masking.row, masking.config = walk.row, dataclasses.replace(CONFIG, document_masking=True)
+    token_bytes = torch.from_numpy(walk.tokenizer.token_bytes())
+    nats = (masking.losses[1] * (token_bytes[walk.row[1:]] > 0)).sum()
+    rows = [np.array([walk.row])]
+    expected = count_nats_and_bytes(masking.models[1], rows, token_bytes, walk.tokenizer.bos)[0]
+    assert float(nats) == pytest.approx(float(expected), rel=1e-5)
+    first = walk.row.index(walk.tokenizer.bos, 1)
+    torch.testing.assert_close(masking.losses[1][: first - 1], unmasked_T[: first - 1])
+    assert float((masking.losses[1] - unmasked_T)[first + 1 :].abs().max()) > 1e-2
+
+
+def test_what_is_held_out_is_said_as_it_is(walk, page, tiny_run):
+    assert walk_pretrain.text_values(walk)["by_hash"] is False
+    assert "stands in <code>held_out.parquet</code>, which is held out" in page
+    other = Walk(tiny_run)
+    shards = [dataclasses.replace(shard, skipped={"other_split": 3}) for shard in walk.shards.shards]
+    other.shards = dataclasses.replace(walk.shards, shards=tuple(shards))
+    values = walk_pretrain.text_values(other)
+    assert values["by_hash"] is True
+    text = environment().get_template("walk_sections.html").module.text(values)
+    assert "held_out.parquet</code>, whose documents are divided by a hash of their text; this one is held out" in text
 
 
 def test_predictions_are_the_models_probabilities(walk, row_1T):

@@ -73,7 +73,7 @@ def write_pretraining(folder: str, vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3, generator=generator)
-    writer = CheckpointWriter(folder + "/checkpoints", 0, 1, 1)
+    writer = CheckpointWriter(folder + "/checkpoints", rank=0, world_size=1, keep=1, attempt="first")
     writer.save(STEP, dict(model.named_parameters()), {}, {"plan": plan.as_json(), "model": plan.as_json()["model"]})
     writer.wait()
     for record in METRICS:

@@ -42,9 +42,9 @@ def rows_of(full: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Te
     return pieces
 
 
-def write(root: str, step: int, world_size: int = 1, keep: int = 2) -> str:
+def write(root: str, step: int, world_size: int = 1, keep: int = 2, attempt: str = "first") -> str:
     for rank in range(world_size):
-        writer = CheckpointWriter(root, rank, world_size, keep)
+        writer = CheckpointWriter(root, rank=rank, world_size=world_size, keep=keep, attempt=attempt)
         writer.save(step, tensors(step), rows_of(tensors(100 + step), rank, world_size), {"loop": {"x": step}})
         writer.wait()
     return step_folder(root, step)
@@ -53,7 +53,9 @@ def write(root: str, step: int, world_size: int = 1, keep: int = 2) -> str:
 def test_what_was_written_comes_back(root):
     checkpoint = Checkpoint(write(root, 7))
     assert problem_with(checkpoint.folder) is None
-    assert checkpoint.state == {"format_version": 1, "world_size": 1, "step": 7, "loop": {"x": 7}}
+    assert checkpoint.state == {
+        "format_version": 1, "world_size": 1, "attempt": "first", "step": 7, "loop": {"x": 7},
+    }  # fmt: skip
     loaded = checkpoint.model_tensors()
     assert loaded.keys() == tensors(7).keys()
     for name, tensor in tensors(7).items():
@@ -116,6 +118,25 @@ def damage(path: Path, how: str) -> None:
     else:
         at = len(content) * int(how) // 8
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+def test_parts_of_two_attempts_are_no_checkpoint(tmp_path):
+    """Worker 1 finished, worker 0 died; in the next attempt worker 0 has finished and worker 1 has not."""
+    folder = write(str(tmp_path), 6, world_size=2, attempt="first")
+    again = CheckpointWriter(str(tmp_path), rank=0, world_size=2, keep=2, attempt="second")
+    again._write(6, tensors(7), rows_of(tensors(107), 0, 2), {})
+    assert problem_with(folder) == "checksums_01_of_02.json is of another attempt than state.json"
+    assert problem_with(folder, verify=False) is not None
+    other = CheckpointWriter(str(tmp_path), rank=1, world_size=2, keep=2, attempt="second")
+    other._write(6, {}, rows_of(tensors(107), 1, 2), {})
+    assert problem_with(folder) is None
+
+
+def test_a_checksum_file_that_names_nothing_is_a_problem(tmp_path):
+    folder = write(str(tmp_path), 3)
+    for content in ("{}", "[]", '{"attempt": "first", "sha256": {}}', '{"attempt": "first", "sha256": []}'):
+        Path(folder, "checksums_00_of_01.json").write_text(content)
+        assert "damaged" in str(problem_with(folder)), content
 
 
 @pytest.mark.parametrize("how", ["removed", "empty", "cut", "partial", "0", "3", "7"])
@@ -226,8 +247,8 @@ def test_a_checkpoint_that_another_worker_still_writes_is_not_deleted(tmp_path):
     for step in (1, 2):
         write(root, step, world_size=2, keep=1)
     for step in (3, 4):
-        CheckpointWriter(root, 0, 2, keep=1)._run(step, tensors(step), {}, {})
-    slow = CheckpointWriter(root, 1, 2, keep=1)
+        CheckpointWriter(root, rank=0, world_size=2, keep=1, attempt="first")._run(step, tensors(step), {}, {})
+    slow = CheckpointWriter(root, rank=1, world_size=2, keep=1, attempt="first")
     slow.save(3, {}, {}, {})
     slow.wait()
     assert newest_checkpoint(root, lambda note: None) == 3
@@ -266,7 +287,7 @@ def test_saving_copies_at_once_and_writes_in_the_background(root, monkeypatch):
 
     monkeypatch.setattr(CheckpointWriter, "_write", slowly)
     weights, state = {"w": torch.ones(4)}, {"w/exp_avg/0/4": torch.ones(4)}
-    writer = CheckpointWriter(root, 0, 1, 2)
+    writer = CheckpointWriter(root, rank=0, world_size=1, keep=2, attempt="first")
     writer.save(5, weights, state, {})
     assert not storage.exists(step_folder(root, 5))
     weights["w"].zero_()
@@ -320,7 +341,7 @@ class _Writer:
 def test_a_full_disk_surfaces_and_leaves_the_previous_checkpoint(tmp_path, monkeypatch, room_bytes):
     root = str(tmp_path)
     write(root, 3)
-    writer = CheckpointWriter(root, 0, 1, 2)
+    writer = CheckpointWriter(root, rank=0, world_size=1, keep=2, attempt="first")
     monkeypatch.setattr(storage, "open", _FullDisk(room_bytes), raising=False)
     writer.save(6, tensors(6), rows_of(tensors(106), 0, 1), {})
     with pytest.raises(OSError, match="No space left on device"):
@@ -335,7 +356,7 @@ def test_a_full_disk_surfaces_and_leaves_the_previous_checkpoint(tmp_path, monke
 
 
 def test_the_next_save_raises_what_the_last_one_failed_with(root, monkeypatch):
-    writer = CheckpointWriter(root, 0, 1, 2)
+    writer = CheckpointWriter(root, rank=0, world_size=1, keep=2, attempt="first")
     writer.save(1, {}, {}, {"loss": float("nan")})
     with pytest.raises(ValueError, match="not JSON compliant"):
         writer.save(2, {}, {}, {})

@@ -1,10 +1,17 @@
 """Device, dtype and threads are chosen per run, and what the hardware lacks is refused."""
 
+import platform
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.errors import ConfigError
+from nanochat.run_context import RunContext
 from nanochat.training import hardware
 from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
 
@@ -24,28 +31,28 @@ def four_cores(monkeypatch):
 
 @pytest.mark.parametrize(("workers", "expected"), [(1, 4), (2, 2), (3, 1), (4, 1), (9, 1)])
 def test_workers_share_the_physical_cores(four_cores, workers, expected):
-    assert choose_hardware(PretrainConfig(), 0, workers).device == CPU
+    assert choose_hardware(PretrainConfig(), RunContext(local_world_size=workers)).device == CPU
     assert four_cores == [expected]
 
 
 @pytest.mark.parametrize("able", ["avx512_bf16", "amx_bf16", "bf16", None])
 def test_bfloat16_where_the_processor_multiplies_it(monkeypatch, able):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True} if able else {"avx512_bf16": False})
-    chosen = choose_hardware(PretrainConfig(), 0, 1)
+    chosen = choose_hardware(PretrainConfig(), RunContext())
     assert chosen.dtype == (torch.bfloat16 if able else torch.float32)
-    assert chosen.reason
+    assert chosen.reason == f"the hardware {'multiplies' if able else 'does not multiply'} bfloat16"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_dtype_that_is_asked_for_is_taken(dtype):
-    chosen = choose_hardware(PretrainConfig(dtype=dtype), 0, 1)
+    chosen = choose_hardware(PretrainConfig(dtype=dtype), RunContext())
     assert chosen.dtype == getattr(torch, dtype)
     assert chosen.reason == "asked for"
 
 
 def test_fp8_is_refused_where_it_cannot_be():
     with pytest.raises(ConfigError, match=r"fp8=True: needs an NVIDIA Hopper GPU or newer. Leave it out"):
-        choose_hardware(PretrainConfig(fp8=True), 0, 1)
+        choose_hardware(PretrainConfig(fp8=True), RunContext())
 
 
 def test_without_a_compiler_training_says_what_that_costs(monkeypatch):
@@ -80,20 +87,23 @@ def test_peak_speed_goes_by_the_name(monkeypatch, name, flops):
 
 
 def test_the_machine_is_described_for_readers_of_numbers():
-    described = describe_machine(Hardware(CPU, torch.bfloat16, ""))
-    assert described["dtype"] == "bfloat16"
-    assert described["cores"] == 4
-    assert described["gpus"] == 0
-    assert described["memory_bytes"] > 10**8
-    assert described["device"]
+    assert describe_machine(Hardware(CPU, torch.bfloat16, "")) == {
+        "device": hardware.cpu_name(), "dtype": "bfloat16", "cores": 4, "gpus": 0,
+        "memory_bytes": psutil.virtual_memory().total, "platform": platform.platform(),
+        "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        assert f"model name\t: {hardware.cpu_name()}\n" in Path("/proc/cpuinfo").read_text()
 
 
-def test_memory_is_counted_in_bytes():
+def test_memory_is_counted_in_bytes(monkeypatch):
     here = Hardware(CPU, torch.float32, "")
     assert here.peak_flops is None
-    assert here.free_bytes() > 10**7
-    before = here.peak_memory_bytes()
-    assert before > 10**7
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=7, free=5, total=9))
+        assert here.free_bytes() == 7
     block = bytearray(300_000_000)
     block[::4096] = b"x" * len(block[::4096])
-    assert here.peak_memory_bytes() >= 300_000_000
+    now = psutil.Process().memory_info().rss
+    assert now >= 300_000_000
+    assert 0.99 * now <= here.peak_memory_bytes() < psutil.virtual_memory().total

@@ -1,5 +1,6 @@
 """The whole pretraining loop in this process: resume, stop, divergence, memory, scores, samples, learning."""
 
+import contextlib
 import gc
 import json
 import math
@@ -17,6 +18,7 @@ from nanochat.data.row_order import RowReader
 from nanochat.errors import CheckpointError, TokenizerMismatchError, TrainingDivergedError
 from nanochat.evaluation.bits_per_byte import count_nats_and_bytes
 from nanochat.model.gpt import GPT
+from nanochat.model.optimizer import MuonAdamW
 from nanochat.storage import StageFolder
 from nanochat.training import pretrain as pretraining
 from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, steps_found
@@ -304,6 +306,36 @@ def test_out_of_memory_when_nothing_is_left_to_do_is_raised(new_run, monkeypatch
         new_run()(tiny_config())
 
 
+def test_out_of_memory_after_the_trial_leaves_a_smaller_micro_batch_to_the_next_start(new_run, monkeypatch):
+    """The worst step may come after the trial: the run ends, and goes on from its checkpoint with half the rows."""
+    config = tiny_config(micro_batch_rows=4, num_steps=4, lr_batch_tokens=256)
+    roomy, tight = new_run("roomy"), new_run("tight")
+    roomy(config)
+    with monkeypatch.context() as patch:
+        whole, calls = MuonAdamW.step, []
+
+        def limited(optimizer, schedule):
+            calls.append(1)
+            if len(calls) == 4:
+                raise torch.OutOfMemoryError("out of memory")
+            return whole(optimizer, schedule)
+
+        patch.setattr(MuonAdamW, "step", limited)
+        with pytest.raises(torch.OutOfMemoryError):
+            tight(config)
+    assert "out of memory with 4 rows: the next start uses {'micro_batch_rows': 2" in notes_of(tight)[-1]
+    sizes = []
+    whole_backward = TrainingStep.backward
+    monkeypatch.setattr(
+        TrainingStep,
+        "backward",
+        lambda step, rows, global_tokens: sizes.append(len(rows)) or whole_backward(step, rows, global_tokens),
+    )
+    assert tight(config) is not None
+    assert set(sizes) == {2}
+    assert losses_of(tight) == pytest.approx(losses_of(roomy), abs=1e-5)
+
+
 def test_a_checkpoint_of_other_shards_or_another_tokenizer_is_refused(new_run, prepared, monkeypatch):
     run = new_run()
     killed_run(run, tiny_config(), monkeypatch, 4)
@@ -338,8 +370,20 @@ def test_a_metrics_line_cut_by_a_crash_is_not_grown_into(new_run, monkeypatch):
     assert numbers(cut) == numbers(whole)
 
 
-def test_the_garbage_collector_works_again_after_training(new_run):
-    new_run()(tiny_config(num_steps=2))
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_rests_during_training_and_works_again_after_it(new_run, monkeypatch, fails):
+    run_step, enabled = TrainingStep.run, []
+
+    def recorded(self, *arguments):
+        enabled.append(gc.isenabled())
+        if fails and len(enabled) == 3:
+            raise Killed
+        return run_step(self, *arguments)
+
+    monkeypatch.setattr(TrainingStep, "run", recorded)
+    with pytest.raises(Killed) if fails else contextlib.nullcontext():
+        new_run()(tiny_config(num_steps=3))
+    assert enabled == [True, False, False]
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 

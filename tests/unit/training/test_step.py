@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.config.model import ModelConfig
+from nanochat.config.pretrain import PretrainConfig
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import MuonAdamW, StepSchedule
-from nanochat.model.scaling import LearningRates, parameter_groups
+from nanochat.model.scaling import parameter_groups
+from nanochat.training.plan import learning_rates
 from nanochat.training.step import TrainingStep, document_numbers, split_rows
 
 BOS = 1
@@ -30,7 +32,7 @@ def random_model(seed: int = 0, **changes) -> GPT:
 
 def training_step(model: GPT, micro_batch_rows: int = 8, document_masking: bool = False) -> TrainingStep:
     parameters = dict(model.named_parameters())
-    groups = parameter_groups(model.config, list(parameters), LearningRates(), 0.1)
+    groups = parameter_groups(model.config, list(parameters), learning_rates(PretrainConfig()), 0.1)
     optimizer = MuonAdamW(parameters, groups, muon_dtype=torch.float32)
     return TrainingStep(
         model, optimizer, tokenizer=SimpleNamespace(bos=BOS), document_masking=document_masking,

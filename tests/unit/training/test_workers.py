@@ -4,6 +4,7 @@ import pytest
 import torch
 import worker_group
 from safetensors.torch import load_file
+from tiny_pretraining import pretrain_as_worker, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,22 @@ def test_a_checkpoint_of_several_workers_goes_on_on_another_number(several, read
 def test_one_worker_resumes_bit_for_bit(one, tmp_path):
     outcome = worker_group.run_workers(1, tmp_path / "again", f"{one[0]}/checkpoints", train=False)[0]
     assert outcome["resumed"] == one[1]["continued"]
+
+
+def test_validation_of_two_workers_scores_what_one_scores(prepared, on_one_core, tmp_path):
+    """18 rows in batches of four: one worker has three of the five batches, the last of them half padding."""
+    prepared.tokenizer.save(str(tmp_path / "tokenizer"))
+    config = tiny_config(
+        num_steps=2, evaluate_every=2, sample_every=0, checkpoint_every=0, micro_batch_rows=4, validation_tokens=18 * 32
+    )
+    assert prepared.shards.rows("validation") > 18
+    arguments = (str(tmp_path / "tokenizer"), prepared.shards.folder, config)
+    records = [
+        worker_group.run_group(workers, tmp_path / str(workers), pretrain_as_worker, *arguments)[0]
+        for workers in (1, 2)
+    ]
+    one, two = ([record["val_bpb"] for record in of_run if "val_bpb" in record] for of_run in records)
+    assert len(one) == 2
+    assert two == pytest.approx(one, rel=1e-6)
+    one, two = ([record["loss"] for record in of_run if "loss" in record] for of_run in records)
+    assert two == pytest.approx(one, rel=1e-5)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanochat import storage
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.shards import ShardsConfig
@@ -46,6 +47,23 @@ class Run:
         plan = resolve(config, self.prepared.tokenizer.vocab_size, self.prepared.shards.sequence_len)
         context = RunContext(progress=self.said.append)
         return pretraining.pretrain(config, context, self.inputs(config, plan.rows_per_step))
+
+
+def pretrain_as_worker(
+    rank: int, world_size: int, folder: str, tokenizer_folder: str, shards_folder: str, config: PretrainConfig
+) -> list[dict[str, Any]]:
+    """Pretrain on the CPU as one of several workers, each on its rows of a step; returns the records in the metrics."""
+    tokenizer, shards = Tokenizer.load(tokenizer_folder), TokenShards.load(shards_folder)
+    rows = resolve(config, tokenizer.vocab_size, shards.sequence_len).rows_per_step
+    mine = slice(rank * rows // world_size, (rank + 1) * rows // world_size)
+    stream = (
+        pretraining.StepRows(all_rows.step, all_rows.row_ids[mine], all_rows.rows_BT1[mine])
+        for all_rows in pretraining.local_stream(RowReader(shards, "train", config.seed), rows)
+    )
+    run = RunContext(rank=rank, world_size=world_size, local_world_size=world_size, use_gpu=False)
+    inputs = pretraining.PretrainInputs(tokenizer, shards, stream, StageFolder(folder))
+    pretraining.pretrain(config, run, inputs)
+    return storage.read_jsonl(inputs.folder.metrics)
 
 
 def tiny_config(**changes: Any) -> PretrainConfig:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from nanochat.config.model import ModelConfig
+from nanochat.config.pretrain import PretrainConfig
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import MuonAdamW, StepSchedule
-from nanochat.model.scaling import LearningRates, parameter_groups
+from nanochat.model.scaling import parameter_groups
 from nanochat.training.checkpoint import Checkpoint, CheckpointWriter, load_parameters, step_folder
+from nanochat.training.plan import learning_rates
 from nanochat.training.step import TrainingStep
 
 ROWS, T, VOCAB = 8, 16, 320  # tables of 320 rows are cut for up to five workers, vectors stay whole
@@ -53,7 +56,7 @@ class Worker:
                 for parameter in self.model.parameters():
                     parameter.normal_(generator=draw).mul_(0.2)
         self.parameters = dict(self.model.named_parameters())
-        groups = parameter_groups(CONFIG, list(self.parameters), LearningRates(), 0.03)
+        groups = parameter_groups(CONFIG, list(self.parameters), learning_rates(PretrainConfig()), 0.03)
         self.optimizer = MuonAdamW(self.parameters, groups, muon_dtype=torch.float32, rank=rank, world_size=world_size)
         self.step = TrainingStep(
             self.model, self.optimizer, tokenizer=_Tokenizer(), document_masking=False, micro_batch_rows=2
@@ -73,7 +76,7 @@ class Worker:
 
     def save(self, checkpoints: str, step: int) -> None:
         """Write this worker's part of a checkpoint."""
-        writer = CheckpointWriter(checkpoints, self.rank, self.world_size, keep=1)
+        writer = CheckpointWriter(checkpoints, rank=self.rank, world_size=self.world_size, keep=1, attempt="first")
         writer.save(step, self.parameters, self.optimizer.state_tensors(), {})
         writer.wait()
 
@@ -111,12 +114,12 @@ def train_and_save(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     return outcome
 
 
-def _process(rank: int, world_size: int, folder: str, resume_from: str | None, train: bool) -> None:
+def _process(rank: int, world_size: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    outcome = run_worker(rank, world_size, folder, resume_from, train)
+    outcome = work(rank, world_size, folder, *arguments)
     Path(f"{folder}/outcome_{rank}.json").write_text(json.dumps(outcome))
     dist.barrier()
     dist.destroy_process_group()
@@ -125,14 +128,19 @@ def _process(rank: int, world_size: int, folder: str, resume_from: str | None, t
 def run_workers(
     world_size: int, folder: Path, resume_from: str | None = None, train: bool = True
 ) -> list[dict[str, Any]]:
+    """Let that many workers train, resume from a checkpoint, or both; returns the losses of each."""
+    return run_group(world_size, folder, run_worker, resume_from, train)
+
+
+def run_group(world_size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run that many workers, one in this process or several in their own; returns what each returned."""
     folder.mkdir()
     if world_size == 1:
-        return [run_worker(0, 1, str(folder), resume_from, train)]
+        return [work(0, 1, str(folder), *arguments)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanochat.training.step", "nanochat.training.checkpoint"])
     processes = [
-        context.Process(target=_process, args=(rank, world_size, str(folder), resume_from, train))
+        context.Process(target=_process, args=(rank, world_size, str(folder), work, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
