@@ -296,7 +296,9 @@ class RunFolder:
     @property
     def ray_log(self) -> str:
         """What Ray says to the driver: always a local file."""
-        return join(self.root if is_local(self.root) else tempfile.gettempdir(), "ray.log")
+        if is_local(self.root):
+            return join(self.root, "ray.log")
+        return join(tempfile.gettempdir(), f"nanochat_{os.getpid()}_ray.log")
 
     @property
     def report(self) -> str:

@@ -174,7 +174,10 @@ def pretrain_on_ray(
     )  # fmt: skip
     storage.remove(folder.stop)
     job = PretrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec, use_gpu=use_gpu, worker=worker)
-    _fit(_trainer(job, cluster, workers), watch)
+    try:
+        _fit(_trainer(job, cluster, workers), watch)
+    finally:
+        storage.remove(_ray_storage(folder))
     last = step_folder(folder.checkpoints, plan.num_steps)
     return Checkpoint(last) if problem_with(last, verify=False) is None else None
 
@@ -221,9 +224,8 @@ def _trainer(job: PretrainJob, cluster: ClusterConfig, workers: int) -> TorchTra
 
 
 def _ray_storage(folder: StageFolder) -> str:
-    """Return where Ray Train keeps its own notes; nothing of them is read again."""
-    path = storage.join(folder.root, "ray_train")
-    return os.path.abspath(path) if storage.is_local(path) else path
+    """Return where Ray Train keeps its own notes while it runs; nothing of them is read."""
+    return storage.join(folder.root, "ray_train")
 
 
 def compile_cache() -> str:

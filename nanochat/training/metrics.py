@@ -69,7 +69,6 @@ class StepClock:
             "training_s": self.training_s,
             "eta_s": (self.plan.num_steps - step - 1) * self._lap_s / self._lap_steps,
             "peak_memory_bytes": self.hardware.peak_memory_bytes(),
-            "time": time.time(),
         }
         self._lap_s, self._lap_steps, self.waited_s = 0.0, 0, 0.0
         return record
@@ -94,9 +93,9 @@ class MetricsWriter:
                     file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record."""
+        """Append a record, with the time of day."""
         if self.enabled:
-            storage.append_jsonl(self.folder.metrics, record)
+            storage.append_jsonl(self.folder.metrics, record | {"time": time.time()})
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
@@ -118,7 +117,10 @@ def _start_wandb(folder: StageFolder, config: dict[str, Any]) -> Any:
         raise ConfigError("wandb=True: the package is not installed. Run: pip install wandb") from err
     local = storage.filesystem(folder.root)[1] if storage.is_local(folder.root) else None
     run_id = storage.sha256_json([platform.node(), local] if local else folder.root)[:16]
-    return wandb.init(project="nanochat", id=run_id, resume="allow", config=config, dir=local)
+    try:
+        return wandb.init(project="nanochat", id=run_id, resume="allow", config=config, dir=local)
+    except wandb.Error as err:
+        raise ConfigError(f"wandb=True: {err} Run `wandb login`, or set WANDB_MODE=offline.") from err
 
 
 def progress_line(record: dict[str, Any], num_steps: int, val_bpb: float | None) -> str:

@@ -36,9 +36,8 @@ from nanochat.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     load_parameters,
-    problem_with,
+    newest_checkpoint,
     step_folder,
-    steps_found,
 )
 from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
 from nanochat.training.metrics import MetricsWriter, StepClock
@@ -346,7 +345,12 @@ class _Pretraining:
         self.clock.skip()
 
     def _save(self, step: int) -> None:
-        """Hand a copy of everything to the background writer."""
+        """Hand a copy of everything to the background writer.
+
+        Raises: TrainingDivergedError rather than keep parameters that are not finite.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingDivergedError(self._divergence("parameters", math.nan, step))
         state = {
             "plan": self.plan.as_json(),
             "model": asdict(self.plan.model),
@@ -360,14 +364,13 @@ class _Pretraining:
         self.clock.skip()
 
     def _divergence(self, name: str, value: float, step: int) -> str:
-        """Return the message; a checkpoint of this very step holds what diverged, so an older one is named."""
+        """Return the message, with the newest checkpoint, once all workers have written their part of it."""
         self.writer.wait()
         if self.context.world_size > 1:
             dist.barrier()
-        older = [saved for saved in steps_found(self.folder.checkpoints) if saved < step]
-        folders = [step_folder(self.folder.checkpoints, saved) for saved in older]
-        good = [folder for folder in folders if problem_with(folder) is None]
-        last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint"
+        checkpoints = self.folder.checkpoints
+        good = newest_checkpoint(checkpoints, passed_over=lambda why: None)
+        last = "there is no checkpoint" if good is None else f"the last good one is {step_folder(checkpoints, good)}"
         return (
             f"{name}={value}: not finite at step {step}; {last}. "
             "Lower matrix_lr and embedding_lr, or look at the rows of this step."

@@ -205,7 +205,7 @@ def test_divergence_names_step_and_checkpoint(pretrain, runs):
     from faulty_worker import worker_whose_weights_turn_nan
 
     folder = runs / "diverged"
-    with pytest.raises(TrainingDivergedError, match=r"not finite at step 8; the last good checkpoint is .*step_000006"):
+    with pytest.raises(TrainingDivergedError, match=r"not finite at step 8; the last good one is .*step_000006"):
         pretrain(folder, worker=worker_whose_weights_turn_nan(8), num_workers=1)
     assert len([note for note in notes_of(folder) if "starts at step" in note]) == 1
 

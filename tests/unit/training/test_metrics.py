@@ -95,7 +95,7 @@ def test_only_the_first_worker_writes(tmp_path):
     other.write_samples(1, {})
     other.close()
     assert storage.list_names(str(tmp_path)) == ["metrics.jsonl"]
-    assert storage.read_jsonl(folder.metrics) == [{"step": 7}]
+    assert [record["step"] for record in storage.read_jsonl(folder.metrics)] == [7]
 
 
 def test_without_wandb_its_flag_says_what_to_install(tmp_path, monkeypatch):
@@ -108,6 +108,8 @@ def test_wandb_gets_every_record_and_is_closed(tmp_path, monkeypatch):
     calls: list = []
 
     class _Wandb:
+        Error = RuntimeError
+
         def init(self, **arguments):
             calls.append(("init", arguments))
             return self
@@ -125,6 +127,18 @@ def test_wandb_gets_every_record_and_is_closed(tmp_path, monkeypatch):
     assert calls[0][1]["config"] == {"depth": 4}
     assert calls[0][1]["resume"] == "allow"
     assert calls[1:] == [("log", {"loss": 1.5}, 3), ("finish",)]
+
+
+def test_what_wandb_refuses_says_how_to_go_on(tmp_path, monkeypatch):
+    class _Wandb:
+        Error = RuntimeError
+
+        def init(self, **arguments):
+            raise RuntimeError("No API key configured.")
+
+    monkeypatch.setitem(sys.modules, "wandb", _Wandb())
+    with pytest.raises(ConfigError, match=r"wandb=True: No API key configured. Run `wandb login`, or set WANDB_MODE="):
+        MetricsWriter(StageFolder(str(tmp_path)), enabled=True, wandb=True, config={})
 
 
 RECORD = {"step": 41, "loss": 3.14159, "tokens_per_s": 12345.6, "flops_per_s": 4.56e11, "data_wait_share": 0.0123}
