@@ -3,6 +3,7 @@
 NanochatError
   ConfigError          a field's value breaks a rule (also a ValueError, so that the command line shows it as usage)
   DataError            text, shards or conversations that cannot be used
+    DamagedFileError     a file of a run directory that is cut short or changed (also a ValueError)
   TokenizerMismatchError  two artifacts were made with different tokenizers
   CheckpointError      a checkpoint or run directory that is missing, damaged or of another kind
   TrainingDivergedError   the loss became NaN or infinite
@@ -39,6 +40,10 @@ class ConfigError(NanochatError, ValueError):
 
 class DataError(NanochatError):
     """Input data that cannot be used; the message names the file and, where there is one, the row group."""
+
+
+class DamagedFileError(DataError, ValueError):
+    """A file of a run directory that is cut short or changed."""
 
 
 class TokenizerMismatchError(NanochatError):

@@ -18,9 +18,10 @@ from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
 import fsspec
+from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from nanochat.errors import ConfigError
+from nanochat.errors import ConfigError, DamagedFileError, excerpt
 
 READ_BLOCK_BYTES = 1 << 20
 
@@ -135,9 +136,12 @@ def write_json(path: str, value: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON file."""
-    with open_read(path) as file:
-        return json.load(file)
+    """Read a JSON file. Raises: DataError, also a ValueError, if it is damaged."""
+    try:
+        with open_read(path) as file:
+            return json.load(file)
+    except ValueError as err:
+        raise DamagedFileError(f"file={path}: is no whole JSON ({excerpt(err)}). Delete it, or put it back.") from err
 
 
 def append_jsonl(path: str, record: dict[str, Any]) -> None:
@@ -172,7 +176,9 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
                 records.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines) - 2:
-                raise
+                raise DamagedFileError(
+                    f"file={path}: line {number + 1} is no JSON. Delete the line, or the file."
+                ) from None
     return records
 
 
@@ -198,6 +204,31 @@ def free_bytes(path: str) -> int | None:
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     return shutil.disk_usage(folder).free
+
+
+@contextlib.contextmanager
+def claimed(run_dir: str) -> Iterator[None]:
+    """Keep a local run directory to this process for the time of the block; the system ends the claim of a killed one.
+
+    Raises: ConfigError if another process has it. A URI cannot be claimed.
+    """
+    if not is_local(run_dir):
+        yield
+        return
+    lock = FileLock(join(absolute(run_dir), "lock"))
+    try:
+        make_folder(run_dir)
+        lock.acquire(timeout=0)
+    except Timeout as err:
+        raise ConfigError(
+            f"run_dir={run_dir}: another command is at work in it. Wait for its end, or use another --run-dir."
+        ) from err
+    except OSError as err:
+        raise ConfigError(f"run_dir={run_dir}: cannot be written ({excerpt(err)}). Use another --run-dir.") from err
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def benchmark(config: BenchmarkConfig) -> int:
     cluster = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
 
     def main() -> None:
-        with session(cluster, log_path):
+        with storage.claimed(config.run_dir), session(cluster, log_path):
             if config.what == "train":
                 results = benchmarks.measure_training(config.run_dir, config.corpus, config.steps, cluster, job_start_s)
                 results |= benchmarks.measure_checkpoint(config.run_dir)

@@ -20,7 +20,9 @@ class DemoConfig:
     """What a laptop without a GPU trains in about five minutes."""
 
     corpus: str = "pydocs"
-    """pydocs (inside every Python), or a path, glob or URI of .parquet / .jsonl files with a `text` column."""
+    """pydocs (inside every Python), or a path, glob or URI of .parquet / .jsonl files."""
+    text_column: str = "text"
+    """Column or JSON key that holds the document."""
     depth: int = 4
     """The dial; 4 layers train in minutes on two cores."""
     num_steps: int = 360
@@ -48,14 +50,12 @@ def _run(config: DemoConfig, log_path: str) -> None:
     start_s = time.monotonic()
     terminal = Terminal()
     cluster = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
-    with session(cluster, log_path):
+    with storage.claimed(config.run_dir), session(cluster, log_path):
         prepare_data(
-            config.run_dir, CorpusConfig(corpus=config.corpus), TokenizerConfig(vocab_size=4096),
-            ShardsConfig(sequence_len=512), None, terminal,
+            config.run_dir, CorpusConfig(corpus=config.corpus, text_column=config.text_column),
+            TokenizerConfig(vocab_size=4096), ShardsConfig(sequence_len=512), None, terminal,
         )  # fmt: skip
-        checkpoint = pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
-    if checkpoint is None:
-        return
+        pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
     storage.write_json(storage.RunFolder(config.run_dir).summary, summary(config.run_dir))
     terminal.line(f"report     {write_report(config.run_dir)}")
     terminal.line(f"walk       {write_walk(config.run_dir)}")

@@ -4,12 +4,12 @@ import sys
 
 import tyro
 
+from nanochat import storage
 from nanochat.cluster.environment import set_ray_environment
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
-from nanochat.storage import RunFolder
 
 
 def prepare(
@@ -31,10 +31,10 @@ def prepare(
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
 
-    log_path = RunFolder(run_dir).ray_log
+    log_path = storage.RunFolder(run_dir).ray_log
 
     def main() -> None:
-        with session(cluster, log_path):
+        with storage.claimed(run_dir), session(cluster, log_path):
             prepare_data(run_dir, corpus, tokenizer, shards, train_tokens, Terminal())
 
     return run_job(main, log_path)

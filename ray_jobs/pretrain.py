@@ -4,10 +4,10 @@ import sys
 
 import tyro
 
+from nanochat import storage
 from nanochat.cluster.environment import set_ray_environment
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.pretrain import PretrainConfig
-from nanochat.storage import RunFolder
 
 
 def pretrain(
@@ -25,10 +25,10 @@ def pretrain(
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
 
-    log_path = RunFolder(run_dir).ray_log
+    log_path = storage.RunFolder(run_dir).ray_log
 
     def main() -> None:
-        with session(cluster, log_path):
+        with storage.claimed(run_dir), session(cluster, log_path):
             pretrain_base(run_dir, config, cluster, Terminal())
 
     return run_job(main, log_path)

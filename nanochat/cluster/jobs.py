@@ -65,10 +65,11 @@ def prepare_data(
     return packed
 
 
-def pretrain_base(
-    run_dir: str, config: PretrainConfig, cluster: ClusterConfig, terminal: Terminal
-) -> Checkpoint | None:
-    """Pretrain on the run's shards until the horizon; None if it was asked to stop before. Resumes by itself."""
+def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, terminal: Terminal) -> Checkpoint:
+    """Pretrain on the run's shards until the horizon. Resumes by itself.
+
+    Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
+    """
     folder = RunFolder(run_dir)
     shards = TokenShards.load(folder.shards)
     tokenizer = Tokenizer.load(folder.tokenizer)
@@ -76,7 +77,7 @@ def pretrain_base(
     begin_stage(folder.pretrain.root, {"pretrain": config}, plan.as_json() | {"shards": shards.manifest_hash})
     terminal.line(
         f"pretrain   {plan.as_json()['parameters']['total']:,} parameters, {plan.num_steps} steps of "
-        f"{plan.tokens_per_step:,} tokens"
+        f"{plan.tokens_per_step:,} tokens; Ctrl-C leaves with a checkpoint, the same command goes on"
     )
     view = _MetricsView(folder.pretrain, plan.num_steps, terminal)
 
@@ -90,8 +91,8 @@ def pretrain_base(
     view.update(at_once=True)
     if checkpoint is None:
         terminal.line("stopped; run the same command to go on")
-    else:
-        terminal.line(f"base model {checkpoint.folder}, validation {view.val_bpb:.4f} bits per byte")
+        raise KeyboardInterrupt
+    terminal.line(f"base model {checkpoint.folder}, validation {view.val_bpb:.4f} bits per byte")
     return checkpoint
 
 
@@ -101,7 +102,7 @@ class _MetricsView:
     def __init__(self, folder: StageFolder, num_steps: int, terminal: Terminal) -> None:
         self.folder, self.num_steps, self.terminal = folder, num_steps, terminal
         self.val_bpb: float | None = None
-        self._seen = 0
+        self._seen = storage.size_bytes(folder.metrics) if storage.exists(folder.metrics) else 0
         self._notes = len(storage.read_jsonl(folder.notes))
         self._looked_s = 0.0
 
@@ -111,10 +112,14 @@ class _MetricsView:
         if not often and time.monotonic() - self._looked_s < REMOTE_LOOK_S:
             return
         self._looked_s = time.monotonic()
-        for note in (notes := storage.read_jsonl(self.folder.notes))[self._notes :]:
-            self.terminal.line(f"           {note['note']}")
-        self._notes = len(notes)
-        if not storage.exists(self.folder.metrics) or (size := storage.size_bytes(self.folder.metrics)) == self._seen:
+        notes = [record["note"] for record in storage.read_jsonl(self.folder.notes)]
+        new, self._notes = notes[self._notes :], len(notes)
+        for note in new:
+            self.terminal.line(f"           {note}")
+        size = storage.size_bytes(self.folder.metrics) if storage.exists(self.folder.metrics) else 0
+        if size == self._seen and not at_once:
+            if any("starts at step" in note for note in new):
+                self.terminal.live("           compiling kernels: about a minute, the first time")
             return
         self._seen = size
         records = storage.read_jsonl(self.folder.metrics)

@@ -1,6 +1,7 @@
 """Joining or starting Ray, quietly, and a `map` that runs on it.
 
-A job on a laptop starts its own Ray on loopback, with more logical CPUs than cores so that data tasks never wait for
+A job on a laptop starts its own Ray (nodes meet on loopback; Ray's agents listen on all interfaces, and the token of
+`environment.py` guards them), with more logical CPUs than cores so that data tasks never wait for
 training workers; under `ray job submit`, or with an address, it joins the cluster. Ray's own messages go to the log.
 """
 
@@ -53,7 +54,8 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
     loggers[0].info("the logs of Ray's processes are in %s/logs", context.address_info["session_dir"])
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        yield
+        with contextlib.redirect_stderr(handler.stream):  # Ray prints some of its warnings
+            yield
     finally:
         ray.shutdown()
         for logger in loggers:

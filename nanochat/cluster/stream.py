@@ -79,6 +79,7 @@ class StreamSpec:
 
     def dataset(self, first_step: int) -> ray.data.Dataset:
         """Return the units from `first_step` on; never less than one step, so that workers learn where they are."""
+        ray.data.DataContext.get_current().raise_original_map_exception = True  # a damaged shard is named, not wrapped
         steps = max(1, self.num_steps - first_step)
         span = self.steps_per_unit(steps)
         tasks = -(-steps // span)

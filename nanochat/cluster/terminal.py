@@ -16,10 +16,13 @@ STORY_LINES = 12
 
 
 class Terminal:
-    """Writes to a terminal, or plainly to a file or pipe: there, live lines come every ten seconds."""
+    """Writes to a terminal, or plainly to a file or pipe: there, live lines come every ten seconds.
+
+    By default to the process's own stderr, also while `sys.stderr` is redirected to Ray's log.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+        self.stream = stream or sys.__stderr__ or sys.stderr
         self._live = False
         self._shown_s = 0.0
 

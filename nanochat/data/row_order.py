@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from nanochat.data.documents import Split
-from nanochat.data.token_shards import TokenShards, read_group
+from nanochat.data.token_shards import TokenShards
 
 WINDOW_GROUPS = 8
 
@@ -116,7 +116,7 @@ class RowReader:
             if self._file is None or self._file[0] != shard:
                 self._close()
                 self._file = (shard, shards.open(record))
-            self._groups[key] = read_group(self._file[1], record, group, shards.recipe.vocab_size)
+            self._groups[key] = shards.read_group(self._file[1], record, group)
             if len(self._groups) > 2 * window_groups:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)

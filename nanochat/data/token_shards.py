@@ -1,8 +1,8 @@
 """Documents to token shards: parquet files of packed rows, one per source file, and the manifest that lists them.
 
 Each source shard is tokenised and packed by itself, so that the work fans out and each result depends on nothing but
-its source, the tokenizer and the config. A file `X.parquet` counts once its record `X.json`, written after it, agrees
-with all three; a killed job, run again, redoes the rest. `manifest.json`, written last, is what readers start from.
+its source, the tokenizer and the config. A file `X.parquet` counts if its record `X.json`, written after it, agrees
+with all three and its bytes; a killed job, run again, redoes the rest. Readers start from `manifest.json`, made last.
 
 Rows are stored as fixed_size_list<uint16 or uint32>[sequence_len + 1] in groups of ROW_GROUP_ROWS, lz4: of the
 encodings tried (8,192 words, T=512, 2 EPYC cores, 2026-11) it reads at 250 M tok/s and 2 bytes a token, uncompressed
@@ -120,7 +120,7 @@ class TokenShards:
     def read_rows(self, shard: TokenShard, group: int) -> npt.NDArray[Any]:
         """Return a row group, (rows, sequence_len + 1). Raises: DataError naming a shard that cannot be read."""
         with self.open(shard) as file:
-            return read_group(file, shard, group, self.recipe.vocab_size)
+            return self.read_group(file, shard, group)
 
     def validation_batches(
         self, *, rows: int, limit: int, padding: int, rank: int = 0, world_size: int = 1
@@ -158,34 +158,51 @@ class TokenShards:
         fs, path = storage.filesystem(storage.join(self.folder, shard.name))
         try:
             if (size := int(fs.size(path))) != shard.size_bytes:
-                raise _damaged(shard.name, f"it has {size} bytes, not {shard.size_bytes}")
+                raise _damaged(self.folder, shard.name, f"it has {size} bytes, not {shard.size_bytes}")
             # Not as a memory map: a file that is cut short would kill the process.
             file = pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as err:
-            raise _damaged(shard.name, excerpt(err)) from err
-        found, expected = file.schema_arrow, _schema(self.recipe)
-        if not found.equals(expected):
+            raise _damaged(self.folder, shard.name, excerpt(err)) from err
+        if not (found := file.schema_arrow).equals(expected := _schema(self.recipe)):
             file.close()
-            raise _damaged(shard.name, f"it has the columns {excerpt(found)}, not {excerpt(expected)}")
+            raise _damaged(self.folder, shard.name, f"it has the columns {excerpt(found)}, not {excerpt(expected)}")
         return file
+
+    def read_group(self, file: pq.ParquetFile, shard: TokenShard, group: int) -> npt.NDArray[Any]:
+        """Return a row group of an open shard, (rows, sequence_len + 1), every id below the vocabulary's size.
+
+        Raises: DataError naming shard and row group if it is damaged.
+        """
+        try:
+            column = file.read_row_group(group, columns=["tokens"], use_threads=False).column("tokens").combine_chunks()
+        except (pa.ArrowException, OSError) as err:
+            raise _damaged(self.folder, shard.name, f"row group {group}: {excerpt(err)}") from err
+        if len(column) != (expected := shard.group_sizes()[group]):
+            raise _damaged(self.folder, shard.name, f"row group {group} has {len(column)} rows, not {expected}")
+        rows = column.flatten().to_numpy().reshape(len(column), -1)
+        if (largest := rows.max()) >= (limit := self.recipe.vocab_size):
+            raise _damaged(
+                self.folder, shard.name, f"row group {group} has the id {largest}, all must be below {limit}"
+            )
+        return rows
 
     @classmethod
     def load(cls, folder: str) -> "TokenShards":
         """Read a folder's manifest. Raises: DataError if it is missing, damaged or of another version."""
         path = storage.join(folder, MANIFEST)
         if not storage.exists(path):
-            raise DataError(f"shards={path}: there is no such file. Pack the corpus, to its end, into this folder.")
+            raise DataError(f"shards={path}: there is no such file. Run ray_jobs/prepare_data.py with this --run-dir.")
         manifest = _read_record(path)
         if manifest is None or manifest.get("version") != MANIFEST_VERSION:
-            raise _damaged(MANIFEST, f"it is not JSON, or not of version {MANIFEST_VERSION}")
+            raise _damaged(folder, MANIFEST, f"it is not JSON, or not of version {MANIFEST_VERSION}")
         content = {key: manifest.get(key) for key in ("version", "recipe", "shards")}
         if manifest.get("hash") != storage.sha256_json(content):
-            raise _damaged(MANIFEST, "its content does not have the hash that it names")
+            raise _damaged(folder, MANIFEST, "its content does not have the hash that it names")
         try:
             recipe = PackRecipe(**manifest["recipe"])
             shards = tuple(TokenShard(**shard) for shard in manifest["shards"])
         except (KeyError, TypeError) as err:
-            raise _damaged(MANIFEST, excerpt(err)) from err
+            raise _damaged(folder, MANIFEST, excerpt(err)) from err
         return cls(folder=folder, recipe=recipe, shards=shards, manifest_hash=manifest["hash"])
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -196,23 +213,6 @@ class TokenShards:
                 f"shards={self.folder}: made with tokenizer {made_with[0][:12]} of {made_with[1]} tokens, not with "
                 f"{tokenizer.hash[:12]} of {tokenizer.vocab_size}. Pack them again, or use their tokenizer."
             )
-
-
-def read_group(file: pq.ParquetFile, shard: TokenShard, group: int, vocab_size: int) -> npt.NDArray[Any]:
-    """Return a row group of an open shard, (rows, sequence_len + 1), every id below `vocab_size`.
-
-    Raises: DataError naming shard and row group if it is damaged.
-    """
-    try:
-        column = file.read_row_group(group, columns=["tokens"], use_threads=False).column("tokens").combine_chunks()
-    except (pa.ArrowException, OSError) as err:
-        raise _damaged(shard.name, f"row group {group}: {excerpt(err)}") from err
-    if len(column) != (expected := shard.group_sizes()[group]):
-        raise _damaged(shard.name, f"row group {group} has {len(column)} rows, not {expected}")
-    rows = column.flatten().to_numpy().reshape(len(column), -1)
-    if (largest := rows.max()) >= vocab_size:
-        raise _damaged(shard.name, f"row group {group} has the id {largest}, all must be below {vocab_size}")
-    return rows
 
 
 def write_token_shards(
@@ -367,7 +367,7 @@ def _finished(recipe: PackRecipe, source: SourceShard, source_sha256: str, path:
         return None
     shard = TokenShard(**record["shard"])
     same = shard.source_sha256 == source_sha256 and shard.source == storage.name_of(source.path)
-    return shard if same and shard.size_bytes == storage.size_bytes(f"{path}.parquet") else None
+    return shard if same and shard.sha256 == storage.sha256_file(f"{path}.parquet") else None
 
 
 def _read_record(path: str) -> dict[str, Any] | None:
@@ -395,5 +395,6 @@ def _schema(recipe: PackRecipe) -> pa.Schema:
     return pa.schema([pa.field("tokens", pa.list_(ids, recipe.sequence_len + 1), nullable=False)])
 
 
-def _damaged(name: str, what: str) -> DataError:
-    return DataError(f"shards={excerpt(name)}: is damaged ({what}). Delete it and pack again.")
+def _damaged(folder: str, name: str, what: str) -> DataError:
+    remedy = "Delete it and run ray_jobs/prepare_data.py again."
+    return DataError(f"shards={storage.join(folder, name)}: is damaged ({what}). {remedy}")

@@ -137,9 +137,11 @@ class Tokenizer:
     def load(cls, folder: str) -> "Tokenizer":
         """Read tokenizer.json of a folder. Raises: DataError if it is missing, damaged or of another format."""
         path = _file_in(folder)
-        remedy = "Train the tokenizer again."
+        remedy = "Delete it and run ray_jobs/prepare_data.py again."
         if not storage.exists(path):
-            raise DataError(f"tokenizer={path}: there is no such file. {remedy}")
+            raise DataError(
+                f"tokenizer={path}: there is no such file. Run ray_jobs/prepare_data.py with this --run-dir."
+            )
         if (size := storage.size_bytes(path)) > LARGEST_FILE_BYTES:
             raise DataError(f"tokenizer={path}: {size} bytes are too many, at most {LARGEST_FILE_BYTES}. {remedy}")
         try:
@@ -291,7 +293,7 @@ def _reference_encodings() -> dict[str, tiktoken.Encoding | str]:
             try:
                 found[name] = tiktoken.get_encoding(name)
             except (OSError, ValueError) as err:  # requests' exceptions are OSErrors; ValueError: another hash
-                found[name] = f"tiktoken cannot load it: {type(err).__name__}: {excerpt(err)}"
+                found[name] = f"tiktoken cannot load it: {excerpt(err)[:60]}"
 
     # tiktoken downloads without a timeout, so a thread that may be left behind.
     thread = threading.Thread(target=load, daemon=True)

@@ -9,6 +9,7 @@ or one that is passed over. Saving copies the tensors and returns; a thread writ
 Not covered: sharded model weights (every worker has them all).
 """
 
+import errno
 import re
 import threading
 from collections.abc import Callable
@@ -173,7 +174,17 @@ class CheckpointWriter:
             if self.rank == 0:
                 self._prune(step)
         except BaseException as err:  # handed to the training thread by wait()
-            self._error = err
+            self._error = self._explained(err)
+
+    def _explained(self, err: BaseException) -> BaseException:
+        """Return what another try would not mend as an error that says so."""
+        if not isinstance(err, OSError) or err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return err
+        free = storage.free_bytes(self.checkpoints)
+        return CheckpointError(
+            f"checkpoints={self.checkpoints}: cannot be written ({err.strerror}; {free} bytes are free there). "
+            "Make room and run the same command again."
+        )
 
     def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         folder = step_folder(self.checkpoints, step)

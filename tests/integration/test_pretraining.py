@@ -17,7 +17,7 @@ import torch
 
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.pretrain import PretrainConfig
-from nanochat.errors import TrainingDivergedError
+from nanochat.errors import DataError, TrainingDivergedError
 from nanochat.storage import StageFolder, read_jsonl
 from nanochat.training.checkpoint import Checkpoint, step_folder
 
@@ -36,14 +36,14 @@ def pretrain(ray_session, tiny_run):
     from nanochat.cluster.trainer import pretrain_on_ray, train_worker
     from nanochat.data.token_shards import TokenShards
 
-    def run(folder, config=TINY, worker=train_worker, **cluster):
-        shards = TokenShards.load(str(tiny_run / "shards"))
+    def train(folder, config=TINY, worker=train_worker, run=tiny_run, **cluster):
+        shards = TokenShards.load(str(run / "shards"))
         settings = ClusterConfig(**({"num_workers": 2, "cpus_per_worker": 0.5} | cluster))
         return pretrain_on_ray(
-            config, settings, shards, str(tiny_run / "tokenizer"), StageFolder(str(folder)), lambda: None, worker
+            config, settings, shards, str(run / "tokenizer"), StageFolder(str(folder)), lambda: None, worker
         )
 
-    return run
+    return train
 
 
 def losses(folder):
@@ -182,6 +182,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(pretrain, untouched, runs
     assert losses(folder) == losses(untouched)
 
 
+def test_a_damaged_token_shard_ends_the_run_at_once_and_is_named(pretrain, tiny_run, tmp_path):
+    """The error of a task of Ray Data comes out as it was, and is not tried again."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shard = sorted((run / "shards" / "train").glob("*.parquet"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    folder = run / "pretrain"
+    with pytest.raises(DataError, match=rf"shards={shard}: is damaged \(row group \d.*prepare_data\.py again"):
+        pretrain(folder, replace(TINY, num_steps=400, evaluate_every=0), run=run)
+    assert len([note for note in notes_of(folder) if "starts at step" in note]) == 1
+
+
 def test_an_error_in_the_code_ends_the_run_at_once(pretrain, runs):
     """It is not tried again; what comes out is the worker's own exception, which names its file and line."""
 
@@ -237,7 +251,7 @@ def test_interrupt_checkpoints_and_the_same_command_resumes(tiny_run, tmp_path):
     wait_for(lambda: steps() >= 2 or first.poll() is not None, 90)
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=60)
-    assert first.returncode == 0, said
+    assert first.returncode == 130, said
     assert "run the same command to go on" in said
     assert len(said.splitlines()) < 12, said
     stopped_at = max(int(name.name[5:]) for name in (run_dir / "pretrain" / "checkpoints").iterdir())

@@ -4,12 +4,15 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import textwrap
 import uuid
 
 import pytest
 
 from nanochat import storage
-from nanochat.errors import ConfigError
+from nanochat.errors import ConfigError, DataError
 from nanochat.storage import RunFolder, StageFolder
 
 
@@ -117,7 +120,7 @@ def test_a_cut_line_is_not_grown_into(tmp_path, cut):
 
 def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(DataError, match=r"metrics.jsonl: line 2 is no JSON. Delete the line"):
         storage.read_jsonl(str(tmp_path / "metrics.jsonl"))
 
 
@@ -170,6 +173,27 @@ def test_a_local_run_folder_means_the_same_in_every_process(tmp_path, monkeypatc
     assert RunFolder("runs/x").ray_log == f"{tmp_path}/runs/x/ray.log"
     assert RunFolder("memory://runs/x").root == "memory://runs/x"
     assert storage.is_local(RunFolder("memory://runs/x").ray_log)
+
+
+def test_a_run_directory_has_one_user_at_a_time(tmp_path):
+    other = textwrap.dedent("""
+        import sys
+        from nanochat import errors, storage
+        try:
+            with storage.claimed(sys.argv[1]):
+                print("claimed")
+        except errors.ConfigError as err:
+            print(err)
+    """)
+
+    def told() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", other, str(tmp_path / "run")], capture_output=True, text=True, check=True
+        ).stdout
+
+    with storage.claimed(str(tmp_path / "run")):
+        assert told().startswith(f"run_dir={tmp_path}/run: another command is at work in it. Wait for its end, or")
+    assert told() == "claimed\n"
 
 
 def test_every_path_of_a_run_lies_in_its_folder():

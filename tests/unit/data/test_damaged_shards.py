@@ -41,6 +41,19 @@ def test_a_flipped_bit_is_named(shards):
             shards.read_rows(shard, 0)
 
 
+def test_packing_again_mends_a_flipped_bit(tmp_path):
+    corpus = write_corpus(tmp_path / "text", [[*ENGLISH, LONG]])
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=400), RunContext(), corpus)
+    config = ShardsConfig(sequence_len=16)
+    packed = write_token_shards(config, RunContext(), corpus, tokenizer, str(tmp_path / "shards"))
+    path = tmp_path / "shards" / packed.split("train")[0].name
+    sound = path.read_bytes()
+    path.write_bytes(sound[:300] + bytes([sound[300] ^ 1]) + sound[301:])
+    again = write_token_shards(config, RunContext(), corpus, tokenizer, str(tmp_path / "shards"))
+    assert again.manifest_hash == packed.manifest_hash
+    assert path.read_bytes() == sound
+
+
 def test_a_file_cut_short_is_named(shards):
     shard = shards.split("validation")[0]
     path = Path(shards.folder) / shard.name

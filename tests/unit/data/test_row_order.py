@@ -9,7 +9,7 @@ from small_corpus import ENGLISH, write_corpus
 from nanochat.config.shards import ShardsConfig
 from nanochat.data import row_order as row_order_module
 from nanochat.data.row_order import RowOrder, RowReader
-from nanochat.data.token_shards import write_token_shards
+from nanochat.data.token_shards import TokenShards, write_token_shards
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import DataError
 from nanochat.run_context import RunContext
@@ -139,11 +139,9 @@ def test_the_reader_gives_the_rows_of_the_order(shards):
 
 def test_reading_in_order_reads_each_group_once(shards, monkeypatch):
     read = []
-    original = row_order_module.read_group
+    original = TokenShards.read_group
     monkeypatch.setattr(
-        row_order_module,
-        "read_group",
-        lambda file, shard, group, size: read.append(group) or original(file, shard, group, size),
+        TokenShards, "read_group", lambda self, *arguments: read.append(arguments) or original(self, *arguments)
     )
     reader = RowReader(shards, "train", seed=3)
     for first in range(0, reader.order.rows_per_epoch - 16, 16):

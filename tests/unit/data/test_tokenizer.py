@@ -270,7 +270,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage, words):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"tokenizer\.json: there is no such file\. Train"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: there is no such file\. Run ray_jobs/prepare_data"):
         Tokenizer.load(str(tmp_path))
 
 
