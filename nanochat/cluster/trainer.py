@@ -125,7 +125,7 @@ def _work(job: PretrainJob) -> None:
         story = traceback.format_exc()
         with contextlib.suppress(OSError), storage.atomic_write(path) as file:  # a full disk must not hide `err`
             file.write(story.encode())
-        raise with_story(first_cause(err), f"in worker {rank}", story, path)  # noqa: B904
+        raise with_story(first_cause(err), f"in worker {rank}", story, path) from None
 
 
 def worker_context(job: PretrainJob) -> RunContext:

@@ -8,6 +8,7 @@ Source: the recipes are karpathy/nanochat's (nanochat/dataset.py and its climbmi
 """
 
 import contextlib
+import difflib
 import functools
 import math
 import os
@@ -190,7 +191,9 @@ def fetch_shard(
 
 def _path_shards(config: CorpusConfig, run: RunContext) -> tuple[SourceShard, ...]:
     sizes = _usable_files(config.corpus)
-    paths = sorted(sizes)
+    paths = sorted(path for path in sizes if sizes[path]) or sorted(sizes)  # an empty file among others is left out
+    if len(paths) < len(sizes):
+        run.progress(f"{config.corpus}: {len(sizes) - len(paths)} empty files are left out")
     for _ in run.map(functools.partial(check_shard, text_column=config.text_column), paths):
         pass
     if len(paths) == 1 and config.validation_shard is None:
@@ -234,8 +237,11 @@ def _usable_files(corpus: str) -> dict[str, int]:
             found = list(fs.glob(inner, detail=True).values())
     files = [info for info in found if info["type"] != "directory"]
     if not files:
-        names = ", ".join(["pydocs", *RECIPES])
-        raise ConfigError(f"corpus={corpus}: must be a file, folder or glob that has files, or one of {names}.")
+        names = ["pydocs", *RECIPES]
+        meant = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(corpus, names, 1))
+        raise ConfigError(
+            f"corpus={corpus}: must be a file, folder or glob that has files, or one of {', '.join(names)}.{meant}"
+        )
     usable = [info for info in files if _is_usable(storage.name_of(info["name"]))]
     if not usable:
         raise DataError(

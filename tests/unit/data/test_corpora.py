@@ -320,3 +320,18 @@ def test_a_recipe_is_never_fetched_whole_by_accident(tmp_path):
 def test_recipes_are_as_published():
     assert RECIPES["fineweb-edu"].names()[-1] == RECIPES["fineweb-edu"].validation_shard == "shard_01822.parquet"
     assert RECIPES["climbmix"].names()[-1] == RECIPES["climbmix"].validation_shard == "shard_06542.parquet"
+
+
+def test_an_empty_file_among_others_is_left_out_and_said(tmp_path):
+    for name, content in (("a", b'{"text": "one"}\n'), ("b", b""), ("c", b'{"text": "two"}\n'), ("d", b"")):
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    said: list[str] = []
+    corpus = prepare_corpus(CorpusConfig(corpus=str(tmp_path)), RunContext(progress=said.append), str(tmp_path), None)
+    assert [Path(shard.path).name for shard in corpus.shards] == ["a.jsonl", "c.jsonl"]
+    assert corpus.shards[-1].split == "validation"
+    assert f"{tmp_path}: 2 empty files are left out" in said
+
+
+def test_a_misspelt_corpus_is_guessed(tmp_path):
+    with pytest.raises(ConfigError, match=r"corpus=fineweb: must be .* one of pydocs.*\. Did you mean fineweb-edu\?"):
+        prepare_corpus(CorpusConfig(corpus="fineweb"), RUN, str(tmp_path), None)
