@@ -303,6 +303,7 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path):
     assert large[1] < 1.3 * small[1] + 10e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_one_document_of_50_mb_goes_through(tmp_path, name):

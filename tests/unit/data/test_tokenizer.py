@@ -121,6 +121,7 @@ def test_lone_surrogates_are_replaced(tokenizer):
 @pytest.mark.parametrize(
     "unit", ["a", " ", "\t", "\n", "\u3000", "\u4e2d", "\u0e01", "\u0301", "!"], ids=lambda unit: f"U+{ord(unit):04X}"
 )
+@pytest.mark.slow
 def test_a_megabyte_without_a_break(tokenizer, unit):
     text = unit * (1_000_000 // len(unit.encode()) + 1) + "x"
     assert tokenizer.decode_bytes(tokenizer.encode_ordinary(text)) == text.encode()
