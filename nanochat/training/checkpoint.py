@@ -181,10 +181,12 @@ class CheckpointWriter:
         if not isinstance(err, OSError) or err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             return err
         free = storage.free_bytes(self.checkpoints)
-        return CheckpointError(
+        explained = CheckpointError(
             f"checkpoints={self.checkpoints}: cannot be written ({err.strerror}; {free} bytes are free there). "
             "Make room and run the same command again."
         )
+        explained.__cause__ = err
+        return explained
 
     def _write(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         folder = step_folder(self.checkpoints, step)
