@@ -37,8 +37,9 @@ from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
 from nanochat.training.checkpoint import CheckpointWriter
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT, matmul_gflops
+from nanochat.training.loop import StepRows, TrainingInputs, local_stream
 from nanochat.training.plan import activation_bytes_per_row, fixed_bytes, learning_rates, resolve
-from nanochat.training.pretrain import PretrainInputs, StepRows, local_stream, pretrain
+from nanochat.training.pretrain import pretrain
 
 WINDOW_STEPS = 10
 WARM_UP_S = 15.0
@@ -124,7 +125,7 @@ def plain_process(root: str) -> None:
     plan = resolve(config, tokenizer.vocab_size, shards.sequence_len)
     stream = local_stream(RowReader(shards, "train", config.seed), plan.rows_per_step)
     turns = TakingTurns(stream, "plain", f"{root}/pretrain/turns", num_steps)
-    pretrain(config, RunContext(), PretrainInputs(tokenizer, shards, turns, StageFolder(f"{root}/plain")))
+    pretrain(config, RunContext(), TrainingInputs(tokenizer, shards, turns, StageFolder(f"{root}/plain")))
 
 
 def measure_training(

@@ -23,7 +23,7 @@ from nanochat.data.token_shards import TokenShards
 from nanochat.errors import ConfigError
 from nanochat.storage import StageFolder
 from nanochat.training.checkpoint import newest_checkpoint
-from nanochat.training.pretrain import StepRows
+from nanochat.training.loop import StepRows
 
 UNIT_BYTES = 1 << 20
 MAX_TASKS = 8192

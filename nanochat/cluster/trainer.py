@@ -34,7 +34,8 @@ from nanochat.storage import StageFolder
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, problem_with, step_folder
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT
-from nanochat.training.pretrain import PretrainInputs, pretrain
+from nanochat.training.loop import TrainingInputs
+from nanochat.training.pretrain import pretrain
 
 
 def is_retried(error: BaseException) -> bool:
@@ -140,10 +141,10 @@ def worker_context(job: PretrainJob) -> RunContext:
     )
 
 
-def inputs_of(job: PretrainJob, run: RunContext) -> PretrainInputs:
+def inputs_of(job: PretrainJob, run: RunContext) -> TrainingInputs:
     """Return a worker's inputs, with its share of Ray Data's stream."""
     stream = steps_of(ray.train.get_dataset_shard("train"), job.spec.slots, run.world_size)
-    return PretrainInputs(Tokenizer.load(job.tokenizer_folder), job.spec.shards, stream, job.spec.folder)
+    return TrainingInputs(Tokenizer.load(job.tokenizer_folder), job.spec.shards, stream, job.spec.folder)
 
 
 def pretrain_on_ray(

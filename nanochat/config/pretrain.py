@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.config.identity import Identity
-from nanochat.errors import ConfigError
+from nanochat.config.training import TrainingConfig, below_least, not_rates, outside_shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(TrainingConfig):
     """One dial, `depth`, sets width, heads, batch, learning rates, weight decay and horizon; each can be overridden."""
 
     depth: Identity[int] = 12
@@ -59,61 +59,16 @@ class PretrainConfig:
     """Share of the steps in which the learning rate falls linearly."""
     final_lr_factor: Identity[float] = 0.05
     """The learning rate at the end, as a share of its peak."""
-    seed: Identity[int] = 0
-    """Seed of initialisation and row order."""
 
-    dtype: Identity[Literal["auto", "bfloat16", "float32"]] = "auto"
-    """Compute dtype; auto = bfloat16 where the hardware multiplies it, else float32."""
-    fp8: Identity[bool] = False
-    """Multiply linear layers in FP8 (torchao, Hopper or newer only)."""
-    compile: Literal["auto", "off"] = "auto"
-    """torch.compile; auto = where a C++ compiler or CUDA is there."""
-    micro_batch_rows: int | None = None
-    """Rows of one forward and backward pass on a worker; none = from free memory. The global batch stays."""
-    recompute: bool = False
-    """Recompute activations in the backward pass: a third more time, far less memory."""
-
-    evaluate_every: int = 250
-    """Steps between validations; 0 = only at the end."""
-    validation_tokens: Identity[int] = 80 * 2**19
-    """Validate on at most this many tokens, the first of the validation split."""
-    sample_every: int = 1000
-    """Steps between samples; 0 = only at the end."""
-    sample_tokens: int = 48
-    """New tokens of a sample."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; 0 = only at the end."""
-    keep_checkpoints: int = 2
-    """Complete checkpoints kept beside the one being written."""
-    log_every: int = 10
-    """Steps between records in metrics.jsonl."""
-    log_row_ids: bool = False
-    """Write the row ids of every step to rows_RR.jsonl, to prove which rows were trained on."""
-    wandb: bool = False
-    """Log to Weights & Biases as well (needs the extra `wandb`; WANDB_MODE=offline works)."""
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name}={value}: must be at least {least}. Leave it out for the default."
-            for name, least in (
-                ("depth", 1), ("head_dim", 2), ("n_embd", 1), ("n_kv_head", 1), ("num_steps", 1),
-                ("global_batch_tokens", 1), ("lr_batch_tokens", 1), ("warmup_steps", 0), ("micro_batch_rows", 1),
-                ("evaluate_every", 0), ("sample_every", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1),
-                ("log_every", 1), ("validation_tokens", 1), ("sample_tokens", 1), ("seed", 0),
-            )
-            if (value := getattr(self, name)) is not None and value < least
-        ]  # fmt: skip
-        problems += [
-            f"{name}={getattr(self, name)}: must lie in [0, 1]. Leave it out for the default."
-            for name in ("warmdown_fraction", "final_lr_factor")
-            if not 0 <= getattr(self, name) <= 1
-        ]
-        problems += [
-            f"{name}={getattr(self, name)}: must be a number from 0 on. Leave it out for the default."
-            for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+    def problems(self) -> list[str]:
+        """Return a message for each field whose value breaks its rule."""
+        found = super().problems()
+        found += below_least(
+            self, depth=1, head_dim=2, n_embd=1, n_kv_head=1, num_steps=1, global_batch_tokens=1, lr_batch_tokens=1,
+            warmup_steps=0,
+        )  # fmt: skip
+        found += outside_shares(self, "warmdown_fraction", "final_lr_factor")
+        found += not_rates(self, "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")
         if not 0 < self.tokens_per_parameter < math.inf:
-            problems.append(f"tokens_per_parameter={self.tokens_per_parameter}: must be positive. 12 is a good value.")
-        if problems:
-            raise ConfigError(" ".join(problems))
+            found.append(f"tokens_per_parameter={self.tokens_per_parameter}: must be positive. 12 is a good value.")
+        return found

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from nanochat.model.gpt import GPT
-from nanochat.training.step import document_numbers
+from nanochat.training.step import Supervised, document_numbers
 
 
 def count_nats_and_bytes(
-    model: GPT, batches: Iterable[np.ndarray], token_bytes_V: Tensor, bos: int | None = None
+    model: GPT,
+    batches: Iterable[np.ndarray],
+    token_bytes_V: Tensor,
+    bos: int | None = None,
+    supervised: Supervised | None = None,
 ) -> Tensor:
     """Return (nats, bytes), float64 on CPU, over batches of rows, (rows, T + 1), all of one shape (compiled models).
 
     `token_bytes_V` holds the UTF-8 bytes of each token, 0 for special ones. With `bos` a token sees its own document
-    only, for models trained so. Sums of several workers may be added.
+    only, for models trained so. With `supervised` only those tokens count. Sums of several workers may be added.
     """
     device = token_bytes_V.device
     totals = torch.zeros(2, dtype=torch.float64)
@@ -31,6 +35,8 @@ def count_nats_and_bytes(
         document_BT = None if bos is None else document_numbers(inputs_BT, bos)
         losses_BT = model.token_losses(inputs_BT, targets_BT, document_BT)
         bytes_BT = token_bytes_V[targets_BT]
+        if supervised is not None:
+            bytes_BT = bytes_BT * torch.from_numpy(supervised(batch)[:, 1:]).to(device)
         totals[0] += (losses_BT * (bytes_BT > 0)).cpu().sum(dtype=torch.float64)  # Apple GPUs have no float64
         totals[1] += bytes_BT.sum().cpu()
     return totals

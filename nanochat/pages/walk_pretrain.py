@@ -228,6 +228,8 @@ def attention_weights(model: GPT, tokens_1T: Tensor, layer: int) -> Tensor:
 class _OneHotValues:
     """A cache that puts in the place of row b's values ones at channel d of token b * D + d."""
 
+    is_empty = False
+
     def __init__(self, rows: int) -> None:
         self.start_B = torch.zeros(rows, dtype=torch.int64)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanochat.config.model import ModelConfig, stock
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.training import TrainingConfig
 from nanochat.errors import ConfigError
 from nanochat.model import scaling
 from nanochat.model.attention import QUERY_BLOCK
@@ -121,7 +122,7 @@ def activation_bytes_per_row(model: ModelConfig, *, dtype_bytes: int, keeps_scor
 
 
 def micro_batch_rows(
-    config: PretrainConfig, plan: Plan, *, rows: int, device: str, dtype_bytes: int, free_bytes: int, world_size: int
+    config: TrainingConfig, plan: Plan, *, rows: int, device: str, dtype_bytes: int, free_bytes: int, world_size: int
 ) -> int:
     """Return how many of a worker's `rows` to run at once: as given, else as free memory allows."""
     if config.micro_batch_rows is not None:

@@ -1,9 +1,11 @@
 """Rows of a step to one update: micro-batches, gradient accumulation, reduction, optimiser.
 
-The loss is the mean over the tokens of the global batch: each micro-batch adds its sum of nats divided by the global
-count, so neither micro-batches nor workers change it. Shapes: B rows, T positions.
+The loss is the mean over the tokens of the global batch that are trained on, all of them or those of the assistant:
+each micro-batch adds its sum of nats divided by the global count, so neither micro-batches nor workers change it.
+Shapes: B rows, T positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,22 +39,37 @@ def document_numbers(tokens_BT: Tensor, bos: int) -> Tensor:
     return (tokens_BT == bos).cumsum(dim=1)
 
 
+Supervised = Callable[[np.ndarray], np.ndarray]
+"""Takes rows of ids and tells which of them are trained on, bool of the same shape."""
+
+
 class TrainingStep:
-    """One worker's share of optimiser steps."""
+    """One worker's share of optimiser steps; without `supervised` every token is trained on."""
 
     def __init__(
-        self, model: GPT, optimizer: MuonAdamW, *, tokenizer: Tokenizer, document_masking: bool, micro_batch_rows: int
+        self,
+        model: GPT,
+        optimizer: MuonAdamW,
+        *,
+        tokenizer: Tokenizer,
+        document_masking: bool,
+        micro_batch_rows: int,
+        supervised: Supervised | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.bos = tokenizer.bos
         self.document_masking = document_masking
         self.micro_batch_rows = micro_batch_rows
+        self.supervised = supervised
         self.device = model.lm_head.weight.device
 
     def backward(self, rows_BT1: np.ndarray, global_tokens: int) -> Tensor:
         """Run forward and backward on one micro-batch; returns its share of the mean loss, a float32 scalar."""
         tokens_BT1 = torch.from_numpy(rows_BT1.astype(np.int64)).to(self.device, non_blocking=True)
         inputs_BT, targets_BT = tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous()
+        if self.supervised is not None:
+            says_BT = torch.from_numpy(self.supervised(rows_BT1)[:, 1:]).to(self.device, non_blocking=True)
+            targets_BT = targets_BT.masked_fill(~says_BT, -1)
         document_BT = document_numbers(inputs_BT, self.bos) if self.document_masking else None
         loss = self.model.loss(inputs_BT, targets_BT, document_BT) / global_tokens
         loss.backward()
@@ -61,7 +78,7 @@ class TrainingStep:
     def run(self, rows_BT1: np.ndarray, schedule: StepSchedule, stop_requested: bool = False) -> StepResult:
         """Train on this worker's rows of one step; every worker calls it with equally many rows."""
         world_size = self.optimizer.world_size
-        global_tokens = rows_BT1.shape[0] * (rows_BT1.shape[1] - 1) * world_size
+        global_tokens = self._count_targets(rows_BT1)
         micro_batches = split_rows(rows_BT1, self.micro_batch_rows)
         total = torch.zeros((), device=self.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -74,3 +91,12 @@ class TrainingStep:
             dist.all_reduce(shared)
         loss, stops = shared.tolist()
         return StepResult(loss, stops > 0)
+
+    def _count_targets(self, rows_BT1: np.ndarray) -> int:
+        """Return how many tokens of the global batch are trained on, at least 1."""
+        if self.supervised is None:
+            return rows_BT1.shape[0] * (rows_BT1.shape[1] - 1) * self.optimizer.world_size
+        count = torch.tensor(int(self.supervised(rows_BT1)[:, 1:].sum()), device=self.device)
+        if self.optimizer.world_size > 1:
+            dist.all_reduce(count)
+        return max(1, int(count))

@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from nanochat.cluster import trainer
 from nanochat.training.checkpoint import CheckpointWriter
-from nanochat.training.pretrain import _Pretraining
+from nanochat.training.loop import TrainingLoop
 from nanochat.training.step import TrainingStep
 
 
@@ -59,14 +59,14 @@ def arm(kill: Kill, folder: Path) -> None:
 
         checkpoint._save_file = dying_save
     elif kill.place == "after_save":  # a complete checkpoint was just written
-        save, written = _Pretraining._save, CheckpointWriter.wait
+        save, written = TrainingLoop._save, CheckpointWriter.wait
 
         def save_and_die(self, step):
             save(self, step)
             written(self.writer)
             kill_once(kill, folder, calls)
 
-        _Pretraining._save = save_and_die
+        TrainingLoop._save = save_and_die
 
 
 def worker_with(kills: list[Kill], folder: Path):

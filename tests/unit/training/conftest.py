@@ -15,7 +15,7 @@ def prepared(tmp_path_factory) -> Prepared:
 @pytest.fixture
 def on_one_core(monkeypatch):
     """Training in this process runs on one core and on no GPU, so that its numbers are the same everywhere."""
-    monkeypatch.setattr("nanochat.training.pretrain.gc.collect", lambda: 0)  # 0.2 s in the heap of a test session
+    monkeypatch.setattr("nanochat.training.loop.gc.collect", lambda: 0)  # 0.2 s in the heap of a test session
     monkeypatch.setattr("nanochat.training.hardware.psutil.cpu_count", lambda logical: 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)

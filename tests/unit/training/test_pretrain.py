@@ -20,6 +20,7 @@ from nanochat.evaluation.bits_per_byte import count_nats_and_bytes
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import MuonAdamW
 from nanochat.storage import StageFolder
+from nanochat.training import loop
 from nanochat.training import pretrain as pretraining
 from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, steps_found
 from nanochat.training.step import TrainingStep
@@ -33,7 +34,7 @@ class Killed(BaseException):
 
 def kill_before_step(monkeypatch, step: int) -> None:
     """Let the loop die when it asks for the rows of a step, once."""
-    local_stream = pretraining.local_stream
+    local_stream = loop.local_stream
 
     def dying(reader, rows_per_step, first_step):
         for rows in local_stream(reader, rows_per_step, first_step):
@@ -41,7 +42,7 @@ def kill_before_step(monkeypatch, step: int) -> None:
                 raise Killed
             yield rows
 
-    monkeypatch.setattr(pretraining, "local_stream", dying)
+    monkeypatch.setattr(loop, "local_stream", dying)
 
 
 def killed_run(run: Run, config, monkeypatch, step: int) -> None:
@@ -236,11 +237,11 @@ def test_validation_counts_each_text_byte_once(new_run, prepared):
 def test_document_masking_trains_and_validates_with_the_mask(new_run, prepared, monkeypatch):
     masks = []
 
-    def count(model, batches, token_bytes_V, bos=None):
+    def count(model, batches, token_bytes_V, bos=None, supervised=None):
         masks.append(bos)
         return count_nats_and_bytes(model, batches, token_bytes_V, bos)
 
-    monkeypatch.setattr(pretraining, "count_nats_and_bytes", count)
+    monkeypatch.setattr(loop, "count_nats_and_bytes", count)
     config = tiny_config(num_steps=4, document_masking=True, evaluate_every=0)
     masked, plain = new_run("masked"), new_run("plain")
     masked(config)

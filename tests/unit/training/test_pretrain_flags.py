@@ -12,7 +12,7 @@ from nanochat.model import gpt
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import StepSchedule
 from nanochat.model.scaling import scaled_weight_decay
-from nanochat.training import pretrain as pretraining
+from nanochat.training import loop
 from nanochat.training.checkpoint import Checkpoint, step_folder
 from nanochat.training.plan import resolve
 from nanochat.training.step import TrainingStep
@@ -106,7 +106,7 @@ def test_the_model_that_trains_is_compiled_where_it_can_be(new_run, monkeypatch,
         trained.append(step.model)
         return backward(step, rows_BT1, global_tokens)
 
-    monkeypatch.setattr(pretraining, "can_compile", lambda device: obstacle)
+    monkeypatch.setattr(loop, "can_compile", lambda device: obstacle)
     monkeypatch.setattr(GPT, "compile", lambda model: compiled.append(model))
     monkeypatch.setattr(TrainingStep, "backward", recorded)
     run = new_run()
@@ -126,7 +126,7 @@ def test_the_model_that_trains_is_compiled_where_it_can_be(new_run, monkeypatch,
 def test_waits_for_rows_are_counted_as_their_share_of_the_time(new_run, monkeypatch, log_every, evaluate_every):
     """On a clock that the test moves: rows take 0.25 s, an update 0.75 s. The first rows come before the clock runs."""
     now_s = 100.0
-    local_stream, run_step = pretraining.local_stream, TrainingStep.run
+    local_stream, run_step = loop.local_stream, TrainingStep.run
 
     def slow_stream(*arguments):
         nonlocal now_s
@@ -140,7 +140,7 @@ def test_waits_for_rows_are_counted_as_their_share_of_the_time(new_run, monkeypa
         return run_step(step, *arguments)
 
     monkeypatch.setattr("time.perf_counter", lambda: now_s)
-    monkeypatch.setattr(pretraining, "local_stream", slow_stream)
+    monkeypatch.setattr(loop, "local_stream", slow_stream)
     monkeypatch.setattr(TrainingStep, "run", slow_step)
     run = new_run()
     run(

@@ -16,6 +16,7 @@ from nanochat.data.token_shards import TokenShards, write_token_shards
 from nanochat.data.tokenizer import Tokenizer, train_tokenizer
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
+from nanochat.training import loop
 from nanochat.training import pretrain as pretraining
 from nanochat.training.checkpoint import Checkpoint, newest_checkpoint
 from nanochat.training.plan import resolve
@@ -37,11 +38,11 @@ class Run:
     folder: StageFolder
     said: list[str] = field(default_factory=list)
 
-    def inputs(self, config: PretrainConfig, rows_per_step: int) -> pretraining.PretrainInputs:
+    def inputs(self, config: PretrainConfig, rows_per_step: int) -> loop.TrainingInputs:
         shards = self.prepared.shards
         first = newest_checkpoint(self.folder.checkpoints, self.said.append) or 0
-        stream = pretraining.local_stream(RowReader(shards, "train", config.seed), rows_per_step, first)
-        return pretraining.PretrainInputs(self.prepared.tokenizer, shards, stream, self.folder)
+        stream = loop.local_stream(RowReader(shards, "train", config.seed), rows_per_step, first)
+        return loop.TrainingInputs(self.prepared.tokenizer, shards, stream, self.folder)
 
     def __call__(self, config: PretrainConfig) -> Checkpoint | None:
         plan = resolve(config, self.prepared.tokenizer.vocab_size, self.prepared.shards.sequence_len)
@@ -57,11 +58,11 @@ def pretrain_as_worker(
     rows = resolve(config, tokenizer.vocab_size, shards.sequence_len).rows_per_step
     mine = slice(rank * rows // world_size, (rank + 1) * rows // world_size)
     stream = (
-        pretraining.StepRows(all_rows.step, all_rows.row_ids[mine], all_rows.rows_BT1[mine])
-        for all_rows in pretraining.local_stream(RowReader(shards, "train", config.seed), rows)
+        loop.StepRows(all_rows.step, all_rows.row_ids[mine], all_rows.rows_BT1[mine])
+        for all_rows in loop.local_stream(RowReader(shards, "train", config.seed), rows)
     )
     run = RunContext(rank=rank, world_size=world_size, local_world_size=world_size, use_gpu=False)
-    inputs = pretraining.PretrainInputs(tokenizer, shards, stream, StageFolder(folder))
+    inputs = loop.TrainingInputs(tokenizer, shards, stream, StageFolder(folder))
     pretraining.pretrain(config, run, inputs)
     return storage.read_jsonl(inputs.folder.metrics)
 

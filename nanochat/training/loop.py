@@ -1,0 +1,402 @@
+"""Rows of tokens to checkpoints: the loop of every stage that trains, the same alone in a process and under Ray Train.
+
+A stage is a TrainingLoop that says what it begins from, its schedule, and what it samples.
+
+The stream decides where the run stands: its first rows carry the step that comes next, and the checkpoint of that step
+is loaded. Nothing else is remembered, so a killed run and an untouched one compute the same numbers.
+
+Sources: the loop's parts are nanochat's (base_train.py@92d63d4); the recipe for exact resume is this project's.
+"""
+
+import gc
+import itertools
+import math
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat import storage
+from nanochat.config.training import TrainingConfig
+from nanochat.data.row_order import RowReader
+from nanochat.data.token_shards import TokenShards
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import CheckpointError, TokenizerMismatchError, TrainingDivergedError
+from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
+from nanochat.model import scaling
+from nanochat.model.gpt import GPT
+from nanochat.model.optimizer import MuonAdamW, StepSchedule
+from nanochat.run_context import RunContext
+from nanochat.storage import StageFolder
+from nanochat.training import plan as planning
+from nanochat.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    load_parameters,
+    newest_checkpoint,
+    step_folder,
+)
+from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
+from nanochat.training.metrics import MetricsWriter, StepClock
+from nanochat.training.step import Supervised, TrainingStep, split_rows
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One worker's rows of one step."""
+
+    step: int
+    row_ids: np.ndarray
+    """Global row numbers, int64 of shape (rows,)."""
+    rows_BT1: np.ndarray
+    """Tokens, uint16 or uint32 of shape (rows, sequence_len + 1)."""
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a stage reads."""
+
+    tokenizer: Tokenizer
+    shards: TokenShards
+    stream: Iterable[StepRows]
+    """This worker's rows, from the step that comes next on, without end or up to the last step."""
+    folder: StageFolder
+    """Where the run writes."""
+
+
+def local_stream(reader: RowReader, rows_per_step: int, first_step: int = 0) -> Iterator[StepRows]:
+    """Yield all rows of each step from `first_step` on, without end: the stream of a run in one process."""
+    for step in itertools.count(first_step):
+        first = step * rows_per_step
+        ids = reader.order.locate(first, rows_per_step)
+        yield StepRows(step, ids, reader.read(first, rows_per_step))
+
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+class TrainingLoop(Generic[Config]):
+    """The state of one worker's loop.
+
+    `document_masking` hides the other documents of a row; with `supervised` only those tokens are trained on.
+    """
+
+    updates_before = 0
+    """Updates that the optimiser's state has seen before step 0."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunContext,
+        inputs: TrainingInputs,
+        plan: planning.Plan,
+        rates: scaling.LearningRates,
+        *,
+        document_masking: bool,
+        supervised: Supervised | None = None,
+    ) -> None:
+        self.config, self.context, self.inputs, self.plan = config, run, inputs, plan
+        self.document_masking, self.supervised = document_masking, supervised
+        self.tokenizer, self.folder = inputs.tokenizer, inputs.folder
+        self.hardware: Hardware = choose_hardware(config, run)
+        self.free_bytes = self.hardware.free_bytes()  # before anything of the plan is allocated
+        self.stream: Iterator[StepRows] = iter(inputs.stream)
+        self.model = self._build_model()
+        parameters = dict(self.model.named_parameters())
+        groups = scaling.parameter_groups(plan.model, list(parameters), rates, plan.lr_factor)
+        self.optimizer = MuonAdamW(
+            parameters, groups, muon_dtype=self.hardware.dtype, rank=run.rank, world_size=run.world_size
+        )
+        self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes()).to(self.hardware.device)
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints, rank=run.rank, world_size=run.world_size, keep=config.keep_checkpoints,
+            attempt=self._attempt(),
+        )  # fmt: skip
+        self.metrics = MetricsWriter(self.folder, enabled=run.rank == 0, wandb=config.wandb, config=asdict(config))
+        self.clock = StepClock(self.plan, self.hardware)
+        self.saved_step = -1
+        self.val_bpb: float | None = None
+        if run.rank == 0:
+            machine = describe_machine(self.hardware) | {
+                "workers": run.world_size,
+                "dtype_reason": self.hardware.reason,
+            }
+            storage.write_json(self.folder.machine, machine)
+
+    def begin(self) -> None:
+        """Prepare parameters and optimiser for step 0; the model has been initialised."""
+
+    def schedule(self, step: int) -> StepSchedule:
+        """Return the learning rate and the like of an update."""
+        raise NotImplementedError
+
+    def sample(self, step: int) -> None:
+        """Show what the model says; every worker calls it."""
+
+    def stage_state(self) -> dict[str, Any]:
+        """Return what else a checkpoint holds; one that holds otherwise is not resumed from."""
+        return {}
+
+    def train(self) -> Checkpoint | None:
+        """Train until the last step or until asked to stop; returns the last checkpoint if the horizon is reached.
+
+        Raises: TrainingDivergedError on a NaN or infinite loss; CheckpointError if the state to resume from does not
+        fit; TokenizerMismatchError if it was trained with another tokenizer; torch.OutOfMemoryError, after which the
+        next start uses a smaller micro-batch.
+        """
+        try:
+            return self._run()
+        finally:
+            gc.unfreeze()
+            gc.enable()
+
+    def _run(self) -> Checkpoint | None:
+        batch = next(self.stream)
+        step = batch.step
+        self._restore(step)
+        self.step = self._training_step(self._fit_micro_batch(batch.rows_BT1))
+        self.clock.skip()
+        try:
+            return self._finish(self._train(step, batch))
+        except torch.OutOfMemoryError:
+            self._lower_memory_limit()
+            raise
+
+    def _train(self, step: int, batch: StepRows) -> int:
+        """Run steps until the last one or until asked to stop; returns the step that would come next."""
+        stopped = False
+        while step < self.plan.num_steps and not stopped:
+            if self._due(self.config.evaluate_every, step):
+                self._evaluate(step)
+            if step > 0 and self._due(self.config.sample_every, step):
+                self._sample(step)
+            result = self.step.run(batch.rows_BT1, self.schedule(step), self._stop_requested())
+            if not math.isfinite(result.loss):
+                raise TrainingDivergedError(self._divergence("loss", result.loss, step))
+            self._log(step, batch, result.loss)
+            stopped = result.stop_requested
+            step += 1
+            if step < self.plan.num_steps and self._due(self.config.checkpoint_every, step):
+                self._save(step)
+            if step < self.plan.num_steps:
+                batch = self._next_rows()
+                assert batch.step == step, f"the stream is at step {batch.step}, the loop at {step}"
+            self._tame_garbage_collector(step)
+        return step
+
+    def _finish(self, step: int) -> Checkpoint | None:
+        """Write the last checkpoint; at the horizon also evaluate and sample."""
+        if self.saved_step != step:
+            self._save(step)
+        reached = step == self.plan.num_steps
+        if reached:
+            self._evaluate(step)
+            self._sample(step)
+        self.writer.wait()
+        if self.context.world_size > 1:
+            dist.barrier()
+        self.metrics.close()
+        return Checkpoint(step_folder(self.folder.checkpoints, step)) if reached else None
+
+    def _attempt(self) -> str:
+        """Return a name for this start of the worker group, the first worker's choice."""
+        name = [uuid.uuid4().hex]
+        if self.context.world_size > 1:
+            dist.broadcast_object_list(name, src=0, device=self.hardware.device)
+        return name[0]
+
+    def _build_model(self) -> GPT:
+        """Create the model in float32 with the seed's parameters, the same on every worker."""
+        model = GPT(self.plan.model, self.hardware.dtype)
+        model.initialize(torch.Generator().manual_seed(self.config.seed))
+        model.recompute = self.config.recompute
+        model.to(self.hardware.device)
+        if self.config.fp8:
+            from nanochat.model.fp8 import convert_to_fp8
+
+            convert_to_fp8(model)
+        if self.config.compile != "off":
+            obstacle = can_compile(self.hardware.device)
+            if obstacle is None:
+                model.compile()
+            elif self.context.rank == 0:
+                self.folder.note(obstacle)
+        return model
+
+    def _restore(self, step: int) -> None:
+        """Load the checkpoint of `step`; step 0 has none, the stage begins it."""
+        self.metrics.begin(step)
+        if step == 0:
+            self.begin()
+            self.optimizer.set_step(self.updates_before)
+            return
+        checkpoint = Checkpoint(step_folder(self.folder.checkpoints, step))
+        state = checkpoint.state
+        if state["tokenizer_hash"] != self.tokenizer.hash:
+            raise TokenizerMismatchError(
+                f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Put that one back, or start anew."
+            )
+        if state["manifest_hash"] != self.inputs.shards.manifest_hash:
+            raise CheckpointError(
+                f"checkpoint={checkpoint.folder}: was trained on other token shards than those of "
+                f"{self.inputs.shards.folder}. Put those back, or start anew in another --run-dir."
+            )
+        if state["stage"] != self.stage_state():
+            raise CheckpointError(
+                f"checkpoint={checkpoint.folder}: began from {state['stage']}, not from {self.stage_state()}. "
+                "Put that back, or start anew in another --run-dir."
+            )
+        load_parameters(self.model, checkpoint.model_tensors(), checkpoint.folder)
+        checkpoint.optimizer_tensors(self.optimizer.state_tensors())
+        self.optimizer.set_step(self.updates_before + step)
+        self.val_bpb = state["loop"]["val_bpb"]
+        self.clock.training_s = state["loop"]["training_s"]
+        self.saved_step = step
+
+    def _fit_micro_batch(self, rows_BT1: np.ndarray) -> int:
+        """Choose the micro-batch from free memory, then try it: halve on out-of-memory, at one row recompute."""
+        size = planning.micro_batch_rows(
+            self.config, self.plan, rows=len(rows_BT1), device=self.hardware.device.type,
+            dtype_bytes=self.hardware.dtype.itemsize,
+            free_bytes=self.free_bytes // (1 if self.hardware.device.type == "cuda" else self.context.local_world_size),
+            world_size=self.context.world_size,
+        )  # fmt: skip
+        if storage.exists(self.folder.memory_limit):
+            limit = storage.read_json(self.folder.memory_limit)
+            size = min(size, limit["micro_batch_rows"])
+            self.model.recompute |= limit["recompute"]
+        while True:
+            size = len(split_rows(rows_BT1, size)[0])
+            trial = self._training_step(size)
+            try:
+                for _ in range(1 if size == len(rows_BT1) else 2):  # the second one finds gradients allocated
+                    trial.backward(rows_BT1[:size], global_tokens=1)
+                return self._least(size)
+            except torch.OutOfMemoryError:
+                if size == 1 and self.model.recompute:
+                    raise
+                if size == 1:
+                    self.model.recompute = True
+                    self.folder.note("out of memory with one row: activations are recomputed from now on")
+                else:
+                    size //= 2
+                    self.folder.note(f"out of memory: the micro-batch is halved to {size} rows, the global batch stays")
+            finally:
+                self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+    def _training_step(self, micro_batch_rows: int) -> TrainingStep:
+        return TrainingStep(
+            self.model, self.optimizer, tokenizer=self.tokenizer, document_masking=self.document_masking,
+            micro_batch_rows=micro_batch_rows, supervised=self.supervised,
+        )  # fmt: skip
+
+    def _lower_memory_limit(self) -> None:
+        """Leave a smaller micro-batch, or recomputing, to the next start: the trial was not the worst case."""
+        rows = self.step.micro_batch_rows
+        limit = {"micro_batch_rows": max(1, rows // 2), "recompute": self.model.recompute or rows == 1}
+        storage.write_json(self.folder.memory_limit, limit)
+        self.folder.note(f"out of memory with {rows} rows: the next start uses {limit}")
+
+    def _least(self, size: int) -> int:
+        """Return the least size of all workers, which then share validation batches of equal shape."""
+        if self.context.world_size > 1:
+            least = torch.tensor(size, device=self.hardware.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            size = int(least)
+        return size
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _next_rows(self) -> StepRows:
+        """Take the next step's rows and count how long the loop was blocked."""
+        self.clock.count()
+        batch = next(self.stream)
+        self.clock.rows_arrived()
+        return batch
+
+    def _stop_requested(self) -> bool:
+        return (
+            self.context.rank == 0 and self.clock.every(self.folder.stop_check_s) and storage.exists(self.folder.stop)
+        )
+
+    def _log(self, step: int, batch: StepRows, loss: float) -> None:
+        """Write what a step says: every `log_every` steps, and the first and last."""
+        self.clock.step_done()
+        if self.config.log_row_ids:
+            path = storage.join(self.folder.root, f"rows_{self.context.rank:02d}.jsonl")
+            storage.append_jsonl(path, {"step": step, "row_ids": batch.row_ids.tolist()})
+        if step % self.config.log_every == 0 or step == self.plan.num_steps - 1:
+            record = {"step": step, "loss": loss, "lr_factor": self.schedule(step).lr_factor} | self.clock.lap(step)
+            self.metrics.write(record)
+
+    def _evaluate(self, step: int) -> None:
+        """Measure validation bits per byte, every worker on its share of the batches."""
+        shards = self.inputs.shards
+        limit = -(-self.config.validation_tokens // shards.sequence_len)
+        batches = shards.validation_batches(
+            rows=self.step.micro_batch_rows, limit=limit, padding=self.tokenizer.bos, rank=self.context.rank,
+            world_size=self.context.world_size,
+        )  # fmt: skip
+        bos = self.tokenizer.bos if self.document_masking else None
+        totals = count_nats_and_bytes(self.model, batches, self.token_bytes_V, bos, self.supervised)
+        if self.context.world_size > 1:
+            totals = totals.to(self.hardware.device)
+            dist.all_reduce(totals)
+        nats, num_bytes = totals.tolist()
+        if not math.isfinite(nats):
+            raise TrainingDivergedError(self._divergence("validation loss", nats, step))
+        self.val_bpb = bits_per_byte(nats, num_bytes)
+        self.metrics.write({"step": step, "val_bpb": self.val_bpb})
+        self.clock.skip()
+
+    def _sample(self, step: int) -> None:
+        self.sample(step)
+        self.clock.skip()
+
+    def _save(self, step: int) -> None:
+        """Hand a copy of everything to the background writer.
+
+        Raises: TrainingDivergedError rather than keep parameters that are not finite.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingDivergedError(self._divergence("parameters", math.nan, step))
+        state = {
+            "plan": self.plan.as_json(),
+            "model": asdict(self.plan.model),
+            "tokenizer_hash": self.tokenizer.hash,
+            "manifest_hash": self.inputs.shards.manifest_hash,
+            "position": {"seed": self.config.seed, "next_step": step, "rows_per_step": self.plan.rows_per_step},
+            "stage": self.stage_state(),
+            "loop": {"val_bpb": self.val_bpb, "training_s": self.clock.training_s},
+        }
+        self.writer.save(step, self.optimizer.parameters, self.optimizer.state_tensors(), state)
+        self.saved_step = step
+        self.clock.skip()
+
+    def _divergence(self, name: str, value: float, step: int) -> str:
+        """Return the message, with the newest checkpoint, once all workers have written their part of it."""
+        self.writer.wait()
+        if self.context.world_size > 1:
+            dist.barrier()
+        checkpoints = self.folder.checkpoints
+        good = newest_checkpoint(checkpoints, passed_over=lambda why: None)
+        last = "there is no checkpoint" if good is None else f"the last good one is {step_folder(checkpoints, good)}"
+        return (
+            f"{name}={value}: not finite at step {step}; {last}. "
+            "Lower matrix_lr and embedding_lr, or look at the rows of this step."
+        )
+
+    def _tame_garbage_collector(self, step: int) -> None:
+        """Collect rarely: a scan of all objects takes long and finds little in this loop."""
+        if gc.isenabled():
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        elif step % 1000 == 0:
+            gc.collect()
