@@ -1,11 +1,12 @@
 """nanochat on Ray: from raw text to a chat model in the browser. The packages, in the order data flows through them.
 
 config      every knob: one frozen dataclass and one file per stage
-data        raw text -> text shards -> tokenizer -> token shards -> rows of a step
+data        raw text -> text shards -> tokenizer -> token shards -> rows of a step; conversations -> ids and loss mask
 model       rows -> loss: transformer, attention, optimiser, the depth dial
-training    loss -> checkpoints: one optimiser step, the pretraining loop, metrics
-inference   checkpoint -> text: KV cache, sampling
-evaluation  checkpoint -> scores: bits per byte
+training    loss -> checkpoints: one optimiser step, the training loop, pretraining, fine-tuning, metrics
+tasks       datasets that can be trained on and scored, and their mixtures -> rows
+inference   checkpoint -> text: KV cache, sampling, engine, calculator, code sandbox
+evaluation  checkpoint -> scores: bits per byte, CORE, chat tasks
 pages       a run -> report.html and walk.html
 cluster     the only Ray code: sessions, parallel maps, data streams, trainers
 

@@ -8,6 +8,7 @@ NanochatError
   CheckpointError      a checkpoint or run directory that is missing, damaged or of another kind
   TrainingDivergedError   the loss became NaN or infinite
   ClusterError         Ray cannot give what was asked for, or a worker failed
+  SandboxError         untrusted code cannot be confined here
 
 Messages are one line: `field=value: the rule. The remedy.` What files and servers say goes into them by `excerpt`.
 """
@@ -60,3 +61,7 @@ class TrainingDivergedError(NanochatError):
 
 class ClusterError(NanochatError):
     """Ray cannot give the resources that were asked for, or a worker failed."""
+
+
+class SandboxError(NanochatError):
+    """Untrusted code cannot be confined here."""

@@ -325,6 +325,26 @@ class RunFolder:
         return StageFolder(join(self.root, "pretrain"))
 
     @property
+    def sft(self) -> StageFolder:
+        """The stage of supervised fine-tuning."""
+        return StageFolder(join(self.root, "sft"))
+
+    @property
+    def sft_shards(self) -> str:
+        """The packed conversations of fine-tuning."""
+        return join(self.root, "sft", "shards")
+
+    @property
+    def tasks(self) -> str:
+        """Files of tasks that were downloaded."""
+        return join(self.root, "tasks")
+
+    @property
+    def evaluation(self) -> StageFolder:
+        """The stage of scores: one JSON file for each model and set of tasks."""
+        return StageFolder(join(self.root, "evaluation"))
+
+    @property
     def ray_log(self) -> str:
         """What Ray says to the driver: always a local file."""
         if is_local(self.root):

@@ -20,15 +20,16 @@ import torch
 from nanochat import storage
 from nanochat.cluster.session import ray_context
 from nanochat.cluster.stream import StreamSpec, steps_of
-from nanochat.cluster.trainer import PretrainJob, compile_cache, inputs_of, pretrain_on_ray, worker_context
+from nanochat.cluster.trainer import TrainJob, compile_cache, inputs_of, pretrain_on_ray, worker_context
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import Corpus, SourceShard, prepare_corpus
+from nanochat.data.document_shards import write_token_shards
 from nanochat.data.row_order import RowReader
-from nanochat.data.token_shards import TokenShards, write_token_shards
+from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, train_tokenizer
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import MuonAdamW
@@ -108,9 +109,10 @@ class TakingTurns:
             time.sleep(0.01)
 
 
-def _turn_taking_worker(job: PretrainJob) -> None:
+def _turn_taking_worker(job: TrainJob) -> None:
     """Train as a Ray Train worker would, on a stream that takes turns."""
     run = worker_context(job)
+    assert isinstance(job.config, PretrainConfig), "the benchmark pretrains"
     inputs = inputs_of(job, run)
     turns = TakingTurns(iter(inputs.stream), "ray", job.spec.folder.root + "/turns", job.config.num_steps or 0)
     pretrain(job.config, run, replace(inputs, stream=turns))

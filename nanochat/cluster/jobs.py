@@ -1,25 +1,37 @@
 """The stages as jobs: each takes its configs, a run directory and a terminal, and runs on the current Ray session."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
+import ray
+
 from nanochat import storage
-from nanochat.cluster.session import ray_context
+from nanochat.cluster.session import actor_map, ray_context
 from nanochat.cluster.terminal import Terminal, on_interrupt
-from nanochat.cluster.trainer import pretrain_on_ray
+from nanochat.cluster.trainer import finetune_on_ray, pretrain_on_ray
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
+from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import prepare_corpus
-from nanochat.data.token_shards import TokenShards, write_token_shards
+from nanochat.data.document_shards import write_token_shards
+from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
+from nanochat.errors import CheckpointError
+from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
 from nanochat.provenance import begin_stage, check_stage
+from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
+from nanochat.tasks.mixture import MixtureSource, load_mixture
+from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.training import plan as planning
-from nanochat.training.checkpoint import Checkpoint
+from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, problem_with, step_folder
 from nanochat.training.metrics import progress_line
+from nanochat.training.sft import base_sha256, resolve_sft
 
 REMOTE_LOOK_S = 10.0
 BYTES_PER_TOKEN = 4.8
@@ -79,21 +91,110 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
         f"pretrain   {plan.as_json()['parameters']['total']:,} parameters, {plan.num_steps} steps of "
         f"{plan.tokens_per_step:,} tokens; Ctrl-C leaves with a checkpoint, the same command goes on"
     )
-    view = _MetricsView(folder.pretrain, plan.num_steps, terminal)
+
+    def train(watch: Callable[[], None]) -> Checkpoint | None:
+        return pretrain_on_ray(config, cluster, shards, folder.tokenizer, folder.pretrain, watch)
+
+    checkpoint, view = _watched(folder.pretrain, plan.num_steps, terminal, train)
+    terminal.line(f"base model {checkpoint.folder}, validation {view.val_bpb:.4f} bits per byte")
+    return checkpoint
+
+
+def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, terminal: Terminal) -> Checkpoint:
+    """Fine-tune the run's base model on a mixture until the horizon. Resumes by itself.
+
+    Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
+    """
+    folder = RunFolder(run_dir)
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    base = Checkpoint(storage.absolute(config.base)) if config.base else newest_of(folder.pretrain)
+    check_stage(folder.sft.root, {"sft": config})
+    source = MixtureSource.of(config, folder.tasks)
+    mixture = load_mixture(source)
+    shards = write_mixture_shards(
+        source, ray_context(terminal.live), tokenizer, base.state["model"]["sequence_len"], folder.sft_shards
+    )
+    sft = resolve_sft(config, base, shards.rows("train"))
+    resolved = sft.plan.as_json() | {"inherited": sft.inherited, "base": base.folder, "base_sha256": base_sha256(base)}
+    begin_stage(folder.sft.root, {"sft": config}, resolved | {"shards": shards.manifest_hash})
+    terminal.line(f"mixture    {', '.join(f'{count:,} {name}' for name, count in mixture.counts().items())}")
+    left_out = sum(shard.skipped["longer_than_a_row"] for shard in shards.shards)
+    dropped = sum(mixture.dropped().values())
+    if left_out or dropped:
+        terminal.line(f"           left out: {left_out:,} longer than a row, {dropped:,} malformed")
+    terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in sft.inherited.items())}")
+    terminal.line(
+        f"sft        from {base.folder}: {sft.plan.num_steps} steps of {sft.plan.tokens_per_step:,} tokens, "
+        f"{shards.rows('train')} rows; Ctrl-C leaves with a checkpoint, the same command goes on"
+    )
+
+    def train(watch: Callable[[], None]) -> Checkpoint | None:
+        return finetune_on_ray(config, cluster, shards, folder.tokenizer, folder.sft, watch, source, base)
+
+    checkpoint, _ = _watched(folder.sft, sft.plan.num_steps, terminal, train)
+    terminal.line(f"chat model {checkpoint.folder}")
+    return checkpoint
+
+
+def evaluate_models(
+    run_dir: str, config: EvaluationConfig, cluster: ClusterConfig, terminal: Terminal
+) -> dict[str, dict[str, Any]]:
+    """Score models on actors and show a table; returns each model's results. Any number of actors gives the same."""
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
+    actors = config.actors or max(1, gpus)
+    models = [named_model(run_dir, name) for name in config.models]
+    if config.hf is not None:
+        models.append(Model(storage.name_of(config.hf.rstrip("/")), None))
+    run = RunContext(
+        use_gpu=gpus > 0, local_world_size=actors, map=actor_map(actors, 1.0 if gpus else 0.0), progress=terminal.live
+    )
+    evaluator = Evaluator(config, run, run_dir, models)
+    results = evaluate(evaluator, run)
+    for line in score_table(results):
+        terminal.line(line)
+    return results
+
+
+def named_model(run_dir: str, name: str) -> Model:
+    """Return the newest checkpoint of a stage, or the checkpoint folder of that path."""
+    folder = RunFolder(run_dir)
+    stages = {"pretrain": folder.pretrain, "sft": folder.sft}
+    if name in stages:
+        return Model(name, newest_of(stages[name]).folder)
+    path = storage.absolute(name)
+    if (problem := problem_with(path)) is not None:
+        raise CheckpointError(f"models={name}: {problem}. Name pretrain, sft, or a complete step_ folder.")
+    return Model("_".join(path.rstrip("/").split("/")[-3:]), path)
+
+
+def newest_of(stage: StageFolder) -> Checkpoint:
+    """Return a stage's newest complete checkpoint. Raises: CheckpointError if there is none."""
+    step = newest_checkpoint(stage.checkpoints, passed_over=stage.note)
+    if step is None:
+        raise CheckpointError(
+            f"run_dir={stage.root}: has no complete checkpoint. Train that stage first, or name another --run-dir."
+        )
+    return Checkpoint(step_folder(stage.checkpoints, step))
+
+
+def _watched(
+    folder: StageFolder, num_steps: int, terminal: Terminal, train: Callable[[Callable[[], None]], Checkpoint | None]
+) -> tuple[Checkpoint, "_MetricsView"]:
+    """Train while the terminal follows; Ctrl-C stops with a checkpoint, which raises KeyboardInterrupt here."""
+    view = _MetricsView(folder, num_steps, terminal)
 
     def stop() -> None:
         terminal.line("stopping after this step, with a checkpoint; press Ctrl-C again to leave at once")
-        with storage.atomic_write(folder.pretrain.stop) as file:
+        with storage.atomic_write(folder.stop) as file:
             file.write(b"stop\n")
 
     with on_interrupt(stop):
-        checkpoint = pretrain_on_ray(config, cluster, shards, folder.tokenizer, folder.pretrain, view.update)
+        checkpoint = train(view.update)
     view.update(at_once=True)
     if checkpoint is None:
         terminal.line("stopped; run the same command to go on")
         raise KeyboardInterrupt
-    terminal.line(f"base model {checkpoint.folder}, validation {view.val_bpb:.4f} bits per byte")
-    return checkpoint
+    return checkpoint, view
 
 
 class _MetricsView:

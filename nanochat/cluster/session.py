@@ -105,6 +105,65 @@ def _apply(fn: Callable[[Any], Any], item: Any) -> Any:
     return fn(item)
 
 
+class _Actor:
+    """Keeps a callable, and what it loads, in a process of its own."""
+
+    def __init__(self, fn: Callable[[Any], Any]) -> None:
+        self.fn = fn
+
+    def apply(self, item: Any) -> Any:
+        """Call it."""
+        return self.fn(item)
+
+
+def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
+    """Return a map over so many actors, each of which keeps the function, and the model that it loads.
+
+    An actor that dies is started again and its item done again, up to three times each; results come in the items'
+    order. Raises: what the function raised, as it was.
+    """
+
+    def apply_all(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        options = {"num_cpus": 0 if num_gpus else 0.5, "num_gpus": num_gpus, "max_restarts": 3, "max_task_retries": 3}
+        function = ray.put(fn)
+        pool = [ray.remote(_Actor).options(**options).remote(function) for _ in range(actors)]
+        free = deque(pool)
+        running: dict[Any, tuple[int, Any]] = {}
+        done: dict[int, Any] = {}
+        give = 0
+        try:
+            for number, item in enumerate(items):
+                if not free:
+                    _collect(running, done, free)
+                actor = free.popleft()
+                running[actor.apply.remote(item)] = (number, actor)
+                while give in done:
+                    yield done.pop(give)
+                    give += 1
+            while running or done:
+                while give not in done:
+                    _collect(running, done, free)
+                yield done.pop(give)
+                give += 1
+        except ray.exceptions.RayTaskError as err:
+            raise with_story(err.cause, "in an actor", str(err)) from None
+        except ray.exceptions.RayActorError as err:
+            raise ClusterError(f"actors: one died more than three times ({err}). Look into Ray's log for why.") from err
+        finally:
+            for actor in pool:
+                ray.kill(actor)
+
+    return apply_all
+
+
+def _collect(running: dict[Any, tuple[int, Any]], done: dict[int, Any], free: deque[Any]) -> None:
+    """Wait for one result and keep it under its item's number."""
+    (ready,), _ = ray.wait(list(running), num_returns=1)
+    number, actor = running.pop(ready)
+    done[number] = ray.get(ready)
+    free.append(actor)
+
+
 def ray_context(progress: Callable[[str], None]) -> RunContext:
     """Return the driver's run context: its `map` runs on the cluster."""
     return RunContext(map=ray_map, progress=progress)

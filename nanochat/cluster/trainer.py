@@ -1,10 +1,11 @@
-"""Pretraining under Ray Train: workers, restarts, and what the person at the terminal sees of them.
+"""Stages that train under Ray Train: workers, restarts, and what the person at the terminal sees of them.
 
 Which failures are tried again: the loss of a worker or node, and errors of the kinds that hardware, peers and storage
 cause (RuntimeError, OSError). Everything else is the code's or the input's and ends the run at once.
 """
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -26,16 +27,21 @@ from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.sft import SftConfig
+from nanochat.config.training import TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError, NanochatError
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
+from nanochat.tasks.mixture import MixtureSource, load_mixture
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, problem_with, step_folder
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT
 from nanochat.training.loop import TrainingInputs
+from nanochat.training.plan import Plan
 from nanochat.training.pretrain import pretrain
+from nanochat.training.sft import SftInputs, finetune, resolve_sft
 
 
 def is_retried(error: BaseException) -> bool:
@@ -44,15 +50,15 @@ def is_retried(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainJob:
+class TrainJob:
     """All that a worker needs to train."""
 
-    config: PretrainConfig
+    config: TrainingConfig
     tokenizer_folder: str
     spec: StreamSpec
     use_gpu: bool
-    worker: Callable[["PretrainJob"], None]
-    """What each worker runs: `train_worker`, or what benchmarks and fault tests wrap around it."""
+    worker: Callable[["TrainJob"], None]
+    """What each worker runs: `pretrain_worker`, `sft_worker`, or what benchmarks and fault tests wrap around them."""
 
 
 class OnFailure(UserCallback):
@@ -110,13 +116,23 @@ def first_cause(error: BaseException) -> BaseException:
         error = inner
 
 
-def train_worker(job: PretrainJob) -> None:
+def pretrain_worker(job: "TrainJob") -> None:
     """Run pretraining as one worker of a Ray Train group."""
     run = worker_context(job)
+    assert isinstance(job.config, PretrainConfig), "the job's stage is pretraining"
     pretrain(job.config, run, inputs_of(job, run))
 
 
-def _work(job: PretrainJob) -> None:
+def sft_worker(source: MixtureSource, base: Checkpoint, job: "TrainJob") -> None:
+    """Run fine-tuning as one worker of a Ray Train group."""
+    run = worker_context(job)
+    assert isinstance(job.config, SftConfig), "the job's stage is fine-tuning"
+    inputs = inputs_of(job, run)
+    read = SftInputs(inputs.tokenizer, inputs.shards, inputs.stream, inputs.folder, base, load_mixture(source).held_out)
+    finetune(job.config, run, read)
+
+
+def _work(job: TrainJob) -> None:
     """Run the job's worker; an exception is written to the run's errors before it leaves the process."""
     try:
         job.worker(job)
@@ -129,7 +145,7 @@ def _work(job: PretrainJob) -> None:
         raise with_story(first_cause(err), f"in worker {rank}", story, path) from None
 
 
-def worker_context(job: PretrainJob) -> RunContext:
+def worker_context(job: TrainJob) -> RunContext:
     """Return this worker's place in its group."""
     context = ray.train.get_context()
     return RunContext(
@@ -141,30 +157,29 @@ def worker_context(job: PretrainJob) -> RunContext:
     )
 
 
-def inputs_of(job: PretrainJob, run: RunContext) -> TrainingInputs:
+def inputs_of(job: TrainJob, run: RunContext) -> TrainingInputs:
     """Return a worker's inputs, with its share of Ray Data's stream."""
     stream = steps_of(ray.train.get_dataset_shard("train"), job.spec.slots, run.world_size)
     return TrainingInputs(Tokenizer.load(job.tokenizer_folder), job.spec.shards, stream, job.spec.folder)
 
 
-def pretrain_on_ray(
-    config: PretrainConfig,
+def train_on_ray(
+    config: TrainingConfig,
     cluster: ClusterConfig,
     shards: TokenShards,
     tokenizer_folder: str,
     folder: StageFolder,
+    plan: Plan,
     watch: Callable[[], None],
-    worker: Callable[[PretrainJob], None] = train_worker,
+    worker: Callable[[TrainJob], None],
 ) -> Checkpoint | None:
     """Train on the cluster until the horizon, or until `folder.stop` appears; returns the last checkpoint if reached.
 
     `watch` is called about five times a second on the calling thread while workers train. `worker` is what each
-    worker runs: benchmarks and fault tests wrap it.
+    worker runs.
     Raises: what a worker raised if another try would repeat it, or after max_failures tries.
     """
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    shards.check_tokenizer(tokenizer)
-    plan = planning.resolve(config, tokenizer.vocab_size, shards.sequence_len)
+    shards.check_tokenizer(Tokenizer.load(tokenizer_folder))
     gpus = int(ray.cluster_resources().get("GPU", 0))
     use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
     workers = cluster.num_workers or (gpus if use_gpu else 0) or 1
@@ -174,13 +189,44 @@ def pretrain_on_ray(
         workers=allowed_workers(plan.rows_per_step, cluster.min_workers or workers, workers), folder=folder,
     )  # fmt: skip
     storage.remove(folder.stop)
-    job = PretrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec, use_gpu=use_gpu, worker=worker)
+    job = TrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec, use_gpu=use_gpu, worker=worker)
     try:
         _fit(_trainer(job, cluster, workers), watch)
     finally:
         storage.remove(_ray_storage(folder))
     last = step_folder(folder.checkpoints, plan.num_steps)
     return Checkpoint(last) if problem_with(last, verify=False) is None else None
+
+
+def pretrain_on_ray(
+    config: PretrainConfig,
+    cluster: ClusterConfig,
+    shards: TokenShards,
+    tokenizer_folder: str,
+    folder: StageFolder,
+    watch: Callable[[], None],
+    worker: Callable[[TrainJob], None] = pretrain_worker,
+) -> Checkpoint | None:
+    """Pretrain as `train_on_ray` does; benchmarks and fault tests wrap `worker`."""
+    plan = planning.resolve(config, Tokenizer.load(tokenizer_folder).vocab_size, shards.sequence_len)
+    return train_on_ray(config, cluster, shards, tokenizer_folder, folder, plan, watch, worker)
+
+
+def finetune_on_ray(
+    config: SftConfig,
+    cluster: ClusterConfig,
+    shards: TokenShards,
+    tokenizer_folder: str,
+    folder: StageFolder,
+    watch: Callable[[], None],
+    source: MixtureSource,
+    base: Checkpoint,
+    worker: Callable[[TrainJob], None] | None = None,
+) -> Checkpoint | None:
+    """Fine-tune from a base checkpoint as `train_on_ray` does."""
+    plan = resolve_sft(config, base, shards.rows("train")).plan
+    worker = worker or functools.partial(sft_worker, source, base)
+    return train_on_ray(config, cluster, shards, tokenizer_folder, folder, plan, watch, worker)
 
 
 def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool, note: Callable[[str], None]) -> None:
@@ -196,7 +242,7 @@ def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool, note: C
         note(lack + "Waiting for nodes.")
 
 
-def _trainer(job: PretrainJob, cluster: ClusterConfig, workers: int) -> TorchTrainer:
+def _trainer(job: TrainJob, cluster: ClusterConfig, workers: int) -> TorchTrainer:
     use_gpu = job.use_gpu
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     environment = {} if use_gpu else dict(CPU_ALLOCATOR_ENVIRONMENT)
@@ -211,7 +257,7 @@ def _trainer(job: PretrainJob, cluster: ClusterConfig, workers: int) -> TorchTra
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=f"pretrain-{time.time_ns()}",
+            name=f"train-{time.time_ns()}",
             storage_path=_ray_storage(job.spec.folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),

@@ -3,6 +3,7 @@
 Best fit: a row takes the largest waiting piece that fits, again and again; when none fits, the longest waiting piece is
 split, its beginning fills the row and its rest waits on. Every piece begins with BOS, those that continue a document
 too, so that no row begins in the middle of nowhere. Nothing is lost but the last row, where that is not full.
+Conversations are never split: where none fits, the rest of the row is BOS.
 
 The order of rows depends on the order of documents alone, not on how they come in batches, and memory on
 buffer_documents and the longest document.
@@ -41,14 +42,25 @@ class Packer:
     """Pack the documents of one source shard: `add` each, then `finish`; both yield blocks of rows."""
 
     def __init__(
-        self, *, row_tokens: int, bos: int, dtype: npt.DTypeLike, buffer_documents: int, block_rows: int
+        self,
+        *,
+        row_tokens: int,
+        bos: int,
+        dtype: npt.DTypeLike,
+        buffer_documents: int,
+        block_rows: int,
+        splits: bool = True,
     ) -> None:
-        """Prepare for rows of row_tokens; blocks are (block_rows, row_tokens), the last one may have fewer rows."""
+        """Prepare for rows of row_tokens; blocks are (block_rows, row_tokens), the last one may have fewer rows.
+
+        Without `splits` no document is split, and none may be longer than row_tokens - 1.
+        """
         self.counts = PackCounts()
         self._bos = bos
         self._longest = row_tokens - 1  # tokens of a piece, without its BOS
         self._buffer_documents = buffer_documents
         self._block_rows = block_rows
+        self._splits = splits
         self._waiting = _WaitingPieces(self._longest)
         self._row = np.empty(row_tokens, dtype)
         self._filled = 0  # tokens of that row
@@ -62,6 +74,7 @@ class Packer:
 
     def add(self, document: Tokens) -> Iterator[Tokens]:
         """Take a document's tokens (1-d, without BOS; an empty one is none) and yield the blocks that became full."""
+        assert self._splits or len(document) <= self._longest, "what is not split fits into a row"
         self.counts.tokens += len(document)
         whole = len(document) - len(document) % self._longest
         if whole:
@@ -93,6 +106,8 @@ class Packer:
             if not self._waiting.count:
                 return
             piece = self._waiting.pop_largest(gap - 1)
+            if piece is None and not self._splits:
+                break
             if piece is None:
                 longest = self._waiting.pop_largest(self._longest)
                 assert longest is not None, "a piece waits"
@@ -102,8 +117,7 @@ class Packer:
             self._row[self._filled] = self._bos
             self._row[self._filled + 1 : end] = piece
             self._filled = end
-        if gap == 1:
-            self._row[-1] = self._bos
+        self._row[self._filled :] = self._bos
         yield from self._close_row()
 
     def _close_row(self) -> Iterator[Tokens]:

@@ -1,8 +1,9 @@
-"""Documents to token shards: parquet files of packed rows, one per source file, and the manifest that lists them.
+"""Token shards on storage: parquet files of packed rows, and the manifest that lists them.
 
-Each source shard is tokenised and packed by itself, so that the work fans out and each result depends on nothing but
-its source, the tokenizer and the config. A file `X.parquet` counts if its record `X.json`, written after it, agrees
-with all three and its bytes; a killed job, run again, redoes the rest. Readers start from `manifest.json`, made last.
+Each is made from one source by itself (document_shards.py, tasks/mixture_shards.py), so that the work fans out and
+each result depends on nothing but its source, the tokenizer and the recipe. A file `X.parquet` counts if its record
+`X.json`, written after it, agrees with all three and its bytes; a killed job, run again, redoes the rest. Readers start
+from `manifest.json`, made last.
 
 Rows are stored as fixed_size_list<uint16 or uint32>[sequence_len + 1] in groups of ROW_GROUP_ROWS, lz4: of the
 encodings tried (8,192 words, T=512, 2 EPYC cores, 2026-11) it reads at 250 M tok/s and 2 bytes a token, uncompressed
@@ -10,8 +11,6 @@ at 330 M and 4 bytes, zstd at 110 M and 1.4 bytes.
 Not covered: the order in which rows are trained on (row_order.py).
 """
 
-import functools
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,10 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import storage
-from nanochat.config.shards import ROW_GROUP_ROWS, ShardsConfig
-from nanochat.data.corpora import Corpus, SourceShard
-from nanochat.data.documents import ReadCounts, Split, read_documents
-from nanochat.data.packing import PACKING_VERSION, Packer
+from nanochat.config.shards import ROW_GROUP_ROWS
+from nanochat.data.documents import Split
+from nanochat.data.packing import PACKING_VERSION
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import DataError, TokenizerMismatchError, excerpt
 from nanochat.run_context import RunContext
@@ -99,7 +97,7 @@ class TokenShards:
     @property
     def dtype(self) -> type[np.uint16 | np.uint32]:
         """Type of the stored ids."""
-        return _dtype(self.recipe)
+        return stored_dtype(self.recipe)
 
     def split(self, split: Split) -> tuple[TokenShard, ...]:
         """Return a split's shards in manifest order."""
@@ -215,61 +213,8 @@ class TokenShards:
             )
 
 
-def write_token_shards(
-    config: ShardsConfig, run: RunContext, corpus: Corpus, tokenizer: Tokenizer, folder: str
-) -> TokenShards:
-    """Tokenise and pack a corpus into a folder, one task per source file and split, and write the manifest.
-
-    What an earlier call finished from the same sources stays. The result is the same for every number of workers.
-    Raises: DataError naming the source that cannot be read, or if a split fills no row.
-    """
-    recipe = PackRecipe(
-        tokenizer_hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-        bos=tokenizer.bos,
-        sequence_len=config.sequence_len,
-        buffer_documents=config.buffer_documents,
-        text_column=corpus.text_column,
-        validation_fraction=corpus.validation_fraction,
-    )
-    # While files may be replaced, no manifest describes them.
-    storage.remove(storage.join(folder, MANIFEST))
-    sources = [(split, number, source) for split in SPLITS for number, source in enumerate(corpus.sources(split))]
-    pack = functools.partial(_pack_numbered, recipe, corpus, tokenizer, folder)
-    shards = []
-    for shard in run.map(pack, sources):
-        shards.append(shard)
-        run.progress(
-            f"shards {len(shards)}/{len(sources)}: {shard.name}, {shard.rows} rows, {shard.tokens} tokens, "
-            f"{shard.cropped_tokens} cropped"
-        )
-    for split in SPLITS:
-        if not any(shard.rows for shard in shards if shard.split == split):
-            raise DataError(
-                f"corpus={corpus.name}: its {split} documents fill no row of {config.sequence_len + 1} tokens. "
-                "Give it more text or a smaller sequence_len."
-            )
-    return _write_manifest(run, recipe, shards, folder)
-
-
-def pack_source(
-    recipe: PackRecipe, corpus: Corpus, tokenizer: Tokenizer, source: SourceShard, split: Split, path: str
-) -> TokenShard:
-    """Tokenise and pack one source file's documents of a split into path.parquet, then write its record path.json.
-
-    Nothing is done if both are there and were made from the same bytes in the same way. Memory does not grow with the
-    file. Training drops what does not fill the last row; validation pads it with BOS, so that each token counts once.
-    Raises: DataError naming the source.
-    """
-    try:
-        source_sha256 = storage.sha256_file(source.path)
-        done = _finished(recipe, source, source_sha256, path)
-        return done or _pack(recipe, corpus, tokenizer, source, source_sha256, split, path)
-    except (pa.ArrowException, OSError) as err:
-        raise DataError(f"corpus={source.path}: could not be packed into {path} ({excerpt(err)}).") from err
-
-
-def _write_manifest(run: RunContext, recipe: PackRecipe, shards: list[TokenShard], folder: str) -> TokenShards:
+def write_manifest(run: RunContext, recipe: PackRecipe, shards: list[TokenShard], folder: str) -> TokenShards:
+    """Write the manifest of a folder whose shards are all there, and return what it says."""
     content = {"version": MANIFEST_VERSION, "recipe": asdict(recipe), "shards": [asdict(shard) for shard in shards]}
     totals = {split: _totals(shard for shard in shards if shard.split == split) for split in SPLITS}
     manifest = content | {"totals": totals, "hash": storage.sha256_json(content)}
@@ -282,64 +227,8 @@ def _write_manifest(run: RunContext, recipe: PackRecipe, shards: list[TokenShard
     return TokenShards.load(folder)
 
 
-def _pack_numbered(
-    recipe: PackRecipe, corpus: Corpus, tokenizer: Tokenizer, folder: str, item: tuple[Split, int, SourceShard]
-) -> TokenShard:
-    split, number, source = item
-    stem = re.sub(r"[^A-Za-z0-9_-]", "_", storage.name_of(source.path).split(".")[0])[:80]
-    return pack_source(recipe, corpus, tokenizer, source, split, storage.join(folder, split, f"{number:05d}-{stem}"))
-
-
-def _pack(
-    recipe: PackRecipe,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    source: SourceShard,
-    source_sha256: str,
-    split: Split,
-    path: str,
-) -> TokenShard:
-    storage.remove(f"{path}.json")
-    reads = ReadCounts()
-    packer = Packer(
-        row_tokens=recipe.sequence_len + 1,
-        bos=recipe.bos,
-        dtype=_dtype(recipe),
-        buffer_documents=recipe.buffer_documents,
-        block_rows=recipe.group_rows,
-    )
-    _write_blocks(f"{path}.parquet", recipe, _blocks(packer, corpus, tokenizer, source, split, reads))
-    skipped = {reason: count for reason, count in asdict(reads).items() if reason not in ("documents", "text_bytes")}
-    shard = TokenShard(
-        name=f"{split}/{storage.name_of(path)}.parquet",
-        split=split,
-        source=storage.name_of(source.path),
-        source_bytes=source.size_bytes,
-        source_sha256=source_sha256,
-        rows=packer.counts.rows,
-        group_rows=recipe.group_rows,
-        documents=reads.documents,
-        tokens=packer.counts.tokens,
-        text_bytes=reads.text_bytes,
-        cropped_tokens=packer.counts.cropped_tokens,
-        skipped=skipped,
-        size_bytes=storage.size_bytes(f"{path}.parquet"),
-        sha256=storage.sha256_file(f"{path}.parquet"),
-    )
-    storage.write_json(f"{path}.json", {"version": MANIFEST_VERSION, "recipe": asdict(recipe), "shard": asdict(shard)})
-    return shard
-
-
-def _blocks(
-    packer: Packer, corpus: Corpus, tokenizer: Tokenizer, source: SourceShard, split: Split, reads: ReadCounts
-) -> Iterator[npt.NDArray[Any]]:
-    for texts in read_documents(source, corpus, split, reads):
-        for tokens in tokenizer.encode_batch_numpy(texts):
-            yield from packer.add(tokens)
-    yield from packer.finish(keep_last=split == "validation")
-
-
-def _write_blocks(path: str, recipe: PackRecipe, blocks: Iterable[npt.NDArray[Any]]) -> None:
+def write_blocks(path: str, recipe: PackRecipe, blocks: Iterable[npt.NDArray[Any]]) -> None:
+    """Write blocks of rows as a parquet file, atomically."""
     schema = _schema(recipe)
     with (
         storage.atomic_write(path) as file,
@@ -358,15 +247,20 @@ def _write_blocks(path: str, recipe: PackRecipe, blocks: Iterable[npt.NDArray[An
             writer.write_table(pa.Table.from_arrays([column], schema=schema), row_group_size=recipe.group_rows)
 
 
-def _finished(recipe: PackRecipe, source: SourceShard, source_sha256: str, path: str) -> TokenShard | None:
-    """Return the record of a shard that need not be made again."""
+def write_record(path: str, recipe: PackRecipe, shard: TokenShard) -> None:
+    """Write path.json, which says that path.parquet is complete and what it was made from."""
+    storage.write_json(f"{path}.json", {"version": MANIFEST_VERSION, "recipe": asdict(recipe), "shard": asdict(shard)})
+
+
+def finished(path: str, recipe: PackRecipe, source: str, source_sha256: str) -> TokenShard | None:
+    """Return the record of path.parquet if it need not be made again: source, recipe and bytes are as recorded."""
     if not storage.exists(f"{path}.json") or not storage.exists(f"{path}.parquet"):
         return None
     record = _read_record(f"{path}.json")
     if record is None or record.get("version") != MANIFEST_VERSION or record.get("recipe") != asdict(recipe):
         return None
     shard = TokenShard(**record["shard"])
-    same = shard.source_sha256 == source_sha256 and shard.source == storage.name_of(source.path)
+    same = shard.source_sha256 == source_sha256 and shard.source == source
     return shard if same and shard.sha256 == storage.sha256_file(f"{path}.parquet") else None
 
 
@@ -386,12 +280,13 @@ def _totals(shards: Iterable[TokenShard]) -> dict[str, Any]:
     return totals | {"cropped_share": totals["cropped_tokens"] / max(totals["tokens"], 1)}
 
 
-def _dtype(recipe: PackRecipe) -> type[np.uint16 | np.uint32]:
+def stored_dtype(recipe: PackRecipe) -> type[np.uint16 | np.uint32]:
+    """Return the smallest type that holds every id."""
     return np.uint16 if recipe.vocab_size <= 1 << 16 else np.uint32
 
 
 def _schema(recipe: PackRecipe) -> pa.Schema:
-    ids = pa.field("element", pa.from_numpy_dtype(_dtype(recipe)), nullable=False)
+    ids = pa.field("element", pa.from_numpy_dtype(stored_dtype(recipe)), nullable=False)
     return pa.schema([pa.field("tokens", pa.list_(ids, recipe.sequence_len + 1), nullable=False)])
 
 

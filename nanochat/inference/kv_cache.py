@@ -5,7 +5,7 @@ length; `advance` then says how many of them were real. What lies beyond a row's
 shorter prompt, is never seen (queries see only positions up to their own) and the row's next tokens overwrite it.
 
 Shapes: L layers, B rows, T tokens of this call, G KV heads, S slots, D head size, C width.
-Not covered: paging, sharing of prefixes, moving rows.
+Not covered: paging; rows that share a prefix each hold a copy of it (`take`).
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,7 @@ class KVCache:
         for name, value in (("rows", rows), ("capacity", capacity)):
             if value < 1:
                 raise ConfigError(f"{name}={value}: a cache needs at least 1.")
+        self._config = config
         self.capacity = capacity
         self.lengths = [0] * rows
         """Tokens in each row, as `start_B`, but on the host: reading them waits for no device."""
@@ -50,6 +51,11 @@ class KVCache:
         self._row_B1 = torch.arange(rows, device=device)[:, None]
         self._previous_BC = torch.zeros(rows, config.n_embd, dtype=dtype, device=device)
         self._embedding_BTC: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no row holds a token, so that the next call's tokens see none but their own."""
+        return not any(self.lengths)
 
     @torch.no_grad()
     def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,3 +107,38 @@ class KVCache:
         self.start_B = self.start_B.index_fill(0, row_R, 0)
         self._previous_BC = self._previous_BC.index_fill(0, row_R, 0)
         self._v_LBGSD.index_fill_(1, row_R, 0)
+
+    @torch.no_grad()
+    def put(self, rows: Sequence[int], other: "KVCache") -> None:
+        """Replace this cache's rows[i] by row i of another, whose rows all fit; the other is as after `advance`."""
+        assert len(rows) == len(other.lengths), "one place for each row"
+        assert max(other.lengths) <= self.capacity, "the rows fit"
+        filled = max(other.lengths)
+        row_R = torch.tensor(list(rows), device=self.start_B.device)
+        for row, length in zip(rows, other.lengths):
+            self.lengths[row] = length
+        self.start_B = self.start_B.index_copy(0, row_R, other.start_B)
+        self._previous_BC = self._previous_BC.index_copy(0, row_R, other._previous_BC)
+        for layer in range(self._config.n_layer):
+            self._k_LBGSD[layer, row_R, :, :filled] = other._k_LBGSD[layer, :, :, :filled]
+            self._v_LBGSD[layer, row_R, :, :filled] = other._v_LBGSD[layer, :, :, :filled]
+
+    @torch.no_grad()
+    def take(self, rows: Sequence[int], capacity: int) -> "KVCache":
+        """Return a new cache whose row i is a copy of this one's row rows[i], with room for `capacity` tokens.
+
+        A row may be taken many times (a prompt with several continuations) or left out (a finished one). Call it after
+        `advance`. Raises: ConfigError if no row is taken or one does not fit.
+        """
+        lengths = [self.lengths[row] for row in rows]
+        filled = max(lengths, default=0)
+        if filled > capacity:
+            raise ConfigError(f"capacity={capacity}: a row to take holds {filled} tokens. Give room for more.")
+        taken = KVCache(self._config, len(lengths), capacity, self._k_LBGSD.dtype, self._k_LBGSD.device)
+        row_R = torch.tensor(list(rows), device=self.start_B.device)
+        taken.lengths, taken.start_B = lengths, self.start_B[row_R]
+        taken._previous_BC = self._previous_BC[row_R]
+        for layer in range(self._config.n_layer):  # one at a time: the copy between is as large as what is indexed
+            taken._k_LBGSD[layer, :, :, :filled] = self._k_LBGSD[layer, :, :, :filled][row_R]
+            taken._v_LBGSD[layer, :, :, :filled] = self._v_LBGSD[layer, :, :, :filled][row_R]
+        return taken

@@ -33,6 +33,11 @@ class Cache(Protocol):
     start_B: Tensor
     """Tokens already cached in each row."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Tell, without asking the device, whether no row holds a token."""
+        ...
+
     def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values after the cached ones and return the layer's whole k_BSGD, v_BSGD."""
         ...
@@ -95,11 +100,12 @@ class Attention(nn.Module):
             v_BTGD = v_BTGD + gate_BTG[..., None] * value_embedding_BTC.view_as(v_BTGD)
         q_BTHD = self._normalise(rotate(q_BTHD, *rotation))
         k_BTGD = self._normalise(rotate(k_BTGD, *rotation))
-        if cache is None:
-            y_BTHD = attention(q_BTHD, k_BTGD, v_BTGD, window=window, documents=documents)
-        else:
-            k_BSGD, v_BSGD = cache.append(layer, k_BTGD, v_BTGD)
-            y_BTHD = attention(q_BTHD, k_BSGD, v_BSGD, window=window, start_B=cache.start_B)
+        start_B = None
+        if cache is not None:
+            cached_k_BSGD, cached_v_BSGD = cache.append(layer, k_BTGD, v_BTGD)
+            if not cache.is_empty:  # else the call's tokens are whole rows; padding on the right is after all queries
+                k_BTGD, v_BTGD, start_B = cached_k_BSGD, cached_v_BSGD, cache.start_B
+        y_BTHD = attention(q_BTHD, k_BTGD, v_BTGD, window=window, start_B=start_B, documents=documents)
         return self.c_proj(y_BTHD.reshape(B, T, config.n_embd))
 
     def _normalise(self, x_BTHD: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ from markupsafe import Markup
 from nanochat import storage
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.token_shards import MANIFEST
 from nanochat.pages.charts import Series, line_chart, smooth
 from nanochat.pages.page import write_page
+from nanochat.pages.report_chat import chat_values
 from nanochat.storage import RunFolder
 
 CONFIGS: dict[str, type[Any]] = {
@@ -26,6 +28,7 @@ CONFIGS: dict[str, type[Any]] = {
     "tokenizer": TokenizerConfig,
     "shards": ShardsConfig,
     "pretrain": PretrainConfig,
+    "sft": SftConfig,
 }
 
 Record = dict[str, Any]
@@ -45,10 +48,10 @@ def write_report(run_dir: str) -> str:
         "samples": storage.read_jsonl(folder.pretrain.samples)[::-1],
         "data": data_figures(_read(storage.join(folder.shards, MANIFEST)), prepared),
         "compression": _read(storage.join(folder.tokenizer, "report.json")),
-        "config": config_rows(prepared) + config_rows(trained),
+        "config": config_rows(prepared) + config_rows(trained) + config_rows(_read(folder.sft.config)),
         "machine": machine_rows(trained or prepared, _read(folder.pretrain.machine)),
         "starts": [record.get("note", "") for record in storage.read_jsonl(folder.pretrain.notes)],
-    }
+    } | chat_values(folder)
     return write_page(folder.report, "report.html", values)
 
 

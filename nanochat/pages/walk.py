@@ -10,9 +10,10 @@ from nanochat import storage
 from nanochat.errors import NanochatError
 from nanochat.pages.page import source_of, write_page
 from nanochat.pages.walk_artifacts import Section, Walk
+from nanochat.pages.walk_chat import CHAT_SECTIONS
 from nanochat.pages.walk_pretrain import PRETRAIN_SECTIONS
 
-SECTIONS: tuple[Section, ...] = PRETRAIN_SECTIONS
+SECTIONS: tuple[Section, ...] = PRETRAIN_SECTIONS + CHAT_SECTIONS
 
 
 def write_walk(run_dir: str, sections: Sequence[Section] = SECTIONS) -> str:

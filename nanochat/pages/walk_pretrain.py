@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.data.document_shards import pack_source
 from nanochat.data.documents import read_documents
 from nanochat.data.packing import Packer
 from nanochat.data.row_order import RowOrder
-from nanochat.data.token_shards import pack_source
 from nanochat.data.tokenizer import Tokenizer, train_tokenizer
 from nanochat.evaluation.bits_per_byte import bits_per_byte
 from nanochat.model.attention import attention

@@ -7,19 +7,23 @@ the model reply and judges the text, `choose` compares the probabilities of the 
 import gzip
 import json
 import os
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nanochat import storage
 from nanochat.data.conversations import Conversation
 from nanochat.data.download import download
-from nanochat.errors import DataError, excerpt
+from nanochat.errors import ConfigError, DataError, excerpt
 
-Split = Literal["train", "val", "test"]
+T = TypeVar("T")
 
 
 class Task(Sequence[Conversation], ABC):
@@ -28,10 +32,13 @@ class Task(Sequence[Conversation], ABC):
     name: str
     split: str
     """train may be trained on; every other split is for scores alone."""
-    kind: Literal["generate", "choose"] = "generate"
-    """choose: `facts` have `letters`, the answers to choose from, and `answer`, the right one of them."""
+    kind: Literal["generate", "choose", "unscored"] = "generate"
+    """choose: `facts` have `letters`, the answers to choose from, and `answer`, the right one of them.
+    unscored: conversations to learn from, without a right answer."""
     chance: float = 0.0
     """Expected accuracy of a guess."""
+    dropped: Mapping[str, int] = MappingProxyType({})
+    """Malformed conversations that were left out, by reason."""
 
     @abstractmethod
     def conversation(self, index: int) -> Conversation:
@@ -67,6 +74,7 @@ class Selection(Task):
     def __init__(self, task: Task, indices: Sequence[int]) -> None:
         self.task, self.indices = task, indices
         self.name, self.split, self.kind, self.chance = task.name, task.split, task.kind, task.chance
+        self.dropped = task.dropped
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -80,6 +88,27 @@ class Selection(Task):
         return self.task.reward(conversation, reply)
 
 
+class ListedTask(Task):
+    """A task whose conversations are all in memory."""
+
+    def __init__(self, name: str, split: str, conversations: Sequence[Conversation]) -> None:
+        self.name, self.split, self.conversations = name, split, conversations
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def conversation(self, index: int) -> Conversation:
+        """Return the conversation that stands there."""
+        return self.conversations[index]
+
+
+def of_split(task: str, split: str, choices: Mapping[str, T]) -> T:
+    """Return a split's choice. Raises: ConfigError naming the splits that the task has."""
+    if split not in choices:
+        raise ConfigError(f"split={split}: {task} has {' and '.join(choices) or 'none'} alone. Choose among those.")
+    return choices[split]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskFiles:
     """Where the files of tasks are: a folder of one's own, or the run's folder of downloads."""
@@ -90,21 +119,25 @@ class TaskFiles:
     """A local folder or file that has the task's files already; nothing is downloaded then."""
     mirror: str | None = None
     """Base URL that stands for the public homes of all tasks; files are asked for as MIRROR/TASK/FILE."""
+    malformed: Literal["error", "drop"] = "error"
+    """What a conversation in a file does that breaks the form: end the work, or be left out and counted."""
 
     def find(self, task: str, file: str, base_url: str, names: Sequence[str] = ()) -> str:
         """Return the local path of a task's file: downloaded as base_url/file, or the first of `names` below `path`.
 
+        A `path` that is a file must bear one of the names, so that one split's file never passes for another's.
         Raises: DataError if it is not there or cannot be fetched.
         """
         if self.path is not None:
-            if os.path.isfile(self.path):
+            names = names or [file]
+            if os.path.isfile(self.path) and storage.name_of(self.path) in map(storage.name_of, names):
                 return self.path
-            for name in names or [file]:
+            for name in names:
                 if os.path.exists(found := os.path.join(self.path, name)):
                     return found
             raise DataError(
-                f"{task}={self.path}: has none of {', '.join(names or [file])}. Name the folder that has it, or leave "
-                "the path out to download it."
+                f"{task}={self.path}: is or has none of {', '.join(names)}. Name the folder that has it, or leave the "
+                "path out to download it."
             )
         target = storage.join(self.folder, task, storage.name_of(file))
         home = base_url if self.mirror is None else storage.join(self.mirror, task)
@@ -112,17 +145,56 @@ class TaskFiles:
         return target
 
 
+def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """Yield (FILE:LINE, line) of each line of a file, gzipped or not; empty lines are passed over.
+
+    Raises: DataError naming the file.
+    """
+    opened = gzip.open if path.endswith(".gz") else open
+    number = 0
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error) as err:
+        raise DataError(f"{path}: cannot be read after line {number} ({excerpt(err)}). Replace the file.") from err
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Return the value of JSON in UTF-8, with or without a byte order mark. Raises: DataError naming `where`."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as err:
+        raise DataError(f"{where}: is no JSON ({excerpt(err)}). Mend or drop it.") from err
+
+
 def read_lines(path: str) -> Iterator[tuple[str, Any]]:
     """Yield (FILE:LINE, JSON value) of each line of a JSONL file, gzipped or not; empty lines are passed over.
 
     Raises: DataError naming file and line.
     """
-    opened = gzip.open if path.endswith(".gz") else open
-    number = 0
+    for where, line in raw_lines(path):
+        yield where, parse_json(line, where)
+
+
+def text_of(record: object, key: str, where: str) -> str:
+    """Return a record's text. Raises: DataError naming `where` and key if it is none, or empty."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: {key}={excerpt(value)}: must be a text that is not empty. Mend or drop it.")
+    return value
+
+
+def read_table(path: str, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a parquet file. Raises: DataError naming the file if it is damaged or lacks one."""
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-    except (ValueError, OSError, EOFError, RecursionError) as err:
-        raise DataError(f"{path}:{number}: is no JSON line ({excerpt(err)}). Mend or drop it.") from err
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if not set(columns) <= set(names):
+                raise DataError(
+                    f"{path}: has the columns {excerpt(', '.join(names))}, and needs {', '.join(columns)}. Replace it."
+                )
+            return file.read(columns=list(columns))
+    except (pa.ArrowException, OSError) as err:
+        raise DataError(f"{path}: cannot be read as parquet ({excerpt(err)}). Replace it.") from err

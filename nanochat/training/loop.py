@@ -33,13 +33,7 @@ from nanochat.model.optimizer import MuonAdamW, StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.training import plan as planning
-from nanochat.training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    load_parameters,
-    newest_checkpoint,
-    step_folder,
-)
+from nanochat.training.checkpoint import Checkpoint, CheckpointWriter, load_parameters, newest_checkpoint, step_folder
 from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
 from nanochat.training.metrics import MetricsWriter, StepClock
 from nanochat.training.step import Supervised, TrainingStep, split_rows
@@ -99,7 +93,8 @@ class TrainingLoop(Generic[Config]):
         document_masking: bool,
         supervised: Supervised | None = None,
     ) -> None:
-        self.config, self.context, self.inputs, self.plan = config, run, inputs, plan
+        self.config, self.context, self.inputs = config, run, inputs
+        self.plan, self.rates = plan, rates
         self.document_masking, self.supervised = document_masking, supervised
         self.tokenizer, self.folder = inputs.tokenizer, inputs.folder
         self.hardware: Hardware = choose_hardware(config, run)
@@ -121,11 +116,8 @@ class TrainingLoop(Generic[Config]):
         self.saved_step = -1
         self.val_bpb: float | None = None
         if run.rank == 0:
-            machine = describe_machine(self.hardware) | {
-                "workers": run.world_size,
-                "dtype_reason": self.hardware.reason,
-            }
-            storage.write_json(self.folder.machine, machine)
+            workers = {"workers": run.world_size, "dtype_reason": self.hardware.reason}
+            storage.write_json(self.folder.machine, describe_machine(self.hardware) | workers)
 
     def begin(self) -> None:
         """Prepare parameters and optimiser for step 0; the model has been initialised."""
@@ -372,6 +364,9 @@ class TrainingLoop(Generic[Config]):
             "tokenizer_hash": self.tokenizer.hash,
             "manifest_hash": self.inputs.shards.manifest_hash,
             "position": {"seed": self.config.seed, "next_step": step, "rows_per_step": self.plan.rows_per_step},
+            "rates": asdict(self.rates),
+            "updates": self.updates_before + step,
+            "document_masking": self.document_masking,
             "stage": self.stage_state(),
             "loop": {"val_bpb": self.val_bpb, "training_s": self.clock.training_s},
         }

@@ -1,7 +1,7 @@
 """Rows of tokens to a base model: the training loop with the depth dial's plan and nanochat's schedule."""
 
 from nanochat.config.pretrain import PretrainConfig
-from nanochat.inference.sampling import complete
+from nanochat.inference.engine import Engine, Request, complete
 from nanochat.model.optimizer import StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.training import plan as planning
@@ -42,10 +42,16 @@ class Pretraining(TrainingLoop[PretrainConfig]):
     def sample(self, step: int) -> None:
         """Let the first worker complete the fixed prompts."""
         if self.context.rank == 0:
-            prompts = [[self.tokenizer.bos, *self.tokenizer.encode_ordinary(text)] for text in SAMPLE_PROMPTS]
-            completions = complete(
-                self.model, prompts, max_new_tokens=self.config.sample_tokens, stop_token=self.tokenizer.bos,
-                temperature=SAMPLE_TEMPERATURE, top_k=40, seed=self.config.seed,
-            )  # fmt: skip
-            texts = [self.tokenizer.decode(completion) for completion in completions]
+            prompts = [(self.tokenizer.bos, *self.tokenizer.encode_ordinary(text)) for text in SAMPLE_PROMPTS]
+            tokens, end = self.config.sample_tokens, self.tokenizer.bos
+            requests = [
+                Request(
+                    prompt=prompt, max_new_tokens=tokens, stop_tokens=frozenset({end}), temperature=SAMPLE_TEMPERATURE,
+                    top_k=40, seed=self.config.seed + number,
+                )
+                for number, prompt in enumerate(prompts)
+            ]  # fmt: skip
+            engine = Engine(self.model, slots=len(prompts), capacity=max(map(len, prompts)) + tokens)
+            completions = complete(engine, requests)
+            texts = [self.tokenizer.decode([t for t in one.tokens if t != end]) for one in completions]
             self.metrics.write_samples(step, dict(zip(SAMPLE_PROMPTS, texts, strict=True)))

@@ -28,7 +28,7 @@ def tiny_run(tmp_path_factory) -> Path:
     from nanochat.config.shards import ShardsConfig
     from nanochat.config.tokenizer import TokenizerConfig
     from nanochat.data.corpora import prepare_corpus
-    from nanochat.data.token_shards import write_token_shards
+    from nanochat.data.document_shards import write_token_shards
     from nanochat.data.tokenizer import train_tokenizer
     from nanochat.run_context import RunContext
     from nanochat.storage import RunFolder

@@ -69,8 +69,8 @@ def arm(kill: Kill, folder: Path) -> None:
         TrainingLoop._save = save_and_die
 
 
-def worker_with(kills: list[Kill], folder: Path):
-    """Return a stand-in for `trainer.train_worker` that dies at each of the places once, in their order."""
+def worker_with(kills: list[Kill], folder: Path, inner=trainer.pretrain_worker):
+    """Return a worker that does as `inner` and dies at each of the places once, in their order."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 
     def train_worker(job):
@@ -82,13 +82,13 @@ def worker_with(kills: list[Kill], folder: Path):
                 if kill.rank == rank:
                     arm(kill, folder)
                 break
-        trainer.train_worker(job)
+        inner(job)
 
     return train_worker
 
 
 def worker_whose_weights_turn_nan(step: int):
-    """Return a stand-in for `trainer.train_worker` in which a weight is NaN before the given step."""
+    """Return a stand-in for `trainer.pretrain_worker` in which a weight is NaN before the given step."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     def train_worker(job):
@@ -101,6 +101,6 @@ def worker_whose_weights_turn_nan(step: int):
             return whole(self, *arguments, **options)
 
         TrainingStep.run = run
-        trainer.train_worker(job)
+        trainer.pretrain_worker(job)
 
     return train_worker

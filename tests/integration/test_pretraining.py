@@ -33,10 +33,10 @@ TINY = PretrainConfig(
 @pytest.fixture
 def pretrain(ray_session, tiny_run):
     """Run TINY on Ray into a folder and return its checkpoint."""
-    from nanochat.cluster.trainer import pretrain_on_ray, train_worker
+    from nanochat.cluster.trainer import pretrain_on_ray, pretrain_worker
     from nanochat.data.token_shards import TokenShards
 
-    def train(folder, config=TINY, worker=train_worker, run=tiny_run, **cluster):
+    def train(folder, config=TINY, worker=pretrain_worker, run=tiny_run, **cluster):
         shards = TokenShards.load(str(run / "shards"))
         settings = ClusterConfig(**({"num_workers": 2, "cpus_per_worker": 0.5} | cluster))
         return pretrain_on_ray(

@@ -47,7 +47,8 @@ def test_packing_on_ray_equals_packing_here(ray_session, tiny_run, tmp_path):
     from nanochat.config.corpus import CorpusConfig
     from nanochat.config.shards import ShardsConfig
     from nanochat.data.corpora import prepare_corpus
-    from nanochat.data.token_shards import TokenShards, write_token_shards
+    from nanochat.data.document_shards import write_token_shards
+    from nanochat.data.token_shards import TokenShards
     from nanochat.data.tokenizer import Tokenizer
 
     run = ray_context(lambda line: None)

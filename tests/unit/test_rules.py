@@ -19,7 +19,7 @@ LIBRARY = sorted((ROOT / "nanochat").rglob("*.py"))
 JOBS = sorted((ROOT / "ray_jobs").glob("*.py"))
 WALK = ("data", "model", "training", "inference", "serving")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MAX_CODE_LINES, MAX_WALK_LINES = 8_000, 5_000
+MAX_CODE_LINES, MAX_WALK_LINES = 9_000, 5_000
 BANNED = ("utils", "common", "helpers", "misc", "base", "manager", "handler")
 
 

@@ -13,8 +13,9 @@ from small_corpus import ENGLISH, write_corpus
 from nanochat import storage
 from nanochat.config.shards import ROW_GROUP_ROWS, ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
+from nanochat.data.document_shards import write_token_shards
 from nanochat.data.row_order import RowReader
-from nanochat.data.token_shards import TokenShards, write_token_shards
+from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import train_tokenizer
 from nanochat.errors import DataError
 from nanochat.run_context import RunContext

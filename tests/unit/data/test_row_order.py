@@ -8,8 +8,9 @@ from small_corpus import ENGLISH, write_corpus
 
 from nanochat.config.shards import ShardsConfig
 from nanochat.data import row_order as row_order_module
+from nanochat.data.document_shards import write_token_shards
 from nanochat.data.row_order import RowOrder, RowReader
-from nanochat.data.token_shards import TokenShards, write_token_shards
+from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import DataError
 from nanochat.run_context import RunContext

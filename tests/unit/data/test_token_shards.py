@@ -15,9 +15,10 @@ from nanochat import storage
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.shards import ROW_GROUP_ROWS, ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
-from nanochat.data import token_shards
+from nanochat.data import document_shards
 from nanochat.data.corpora import Corpus, prepare_corpus
-from nanochat.data.token_shards import TokenShards, write_token_shards
+from nanochat.data.document_shards import write_token_shards
+from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer, train_tokenizer
 from nanochat.errors import DataError, TokenizerMismatchError
 from nanochat.run_context import RunContext
@@ -127,13 +128,13 @@ def test_where_the_corpus_lies_changes_no_byte(packed, corpus, tokenizer, tmp_pa
 def counted(monkeypatch):
     """Names of the sources that are tokenised."""
     names = []
-    read = token_shards.read_documents
+    read = document_shards.read_documents
 
     def count(shard, *arguments):
         names.append(Path(shard.path).name)
         return read(shard, *arguments)
 
-    monkeypatch.setattr(token_shards, "read_documents", count)
+    monkeypatch.setattr(document_shards, "read_documents", count)
     return names
 
 
@@ -189,7 +190,7 @@ def test_a_write_that_fails_leaves_no_file(corpus, tokenizer, tmp_path, monkeypa
         yield [LONG]
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(token_shards, "read_documents", broken)
+    monkeypatch.setattr(document_shards, "read_documents", broken)
     with pytest.raises(DataError, match=r"source_0\.parquet.*the disk is gone"):
         write_token_shards(CONFIG, RunContext(), corpus, tokenizer, str(tmp_path))
     assert files(tmp_path) == {}

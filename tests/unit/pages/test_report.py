@@ -167,3 +167,41 @@ def test_a_run_may_lie_on_a_uri():
     path = write_report("memory://runs/nothing")
     assert path == "memory://runs/nothing/report.html"
     assert html.unescape(read(path)).startswith("<!doctype html>")
+
+
+def test_scores_stand_beside_chance_and_the_base_model(page):
+    assert "arithmetic 25.0 % 1.2 % \u00b1 1.2 % n=80 93.8 % \u00b1 1.2 % n=80" in page.text
+    assert "spelling 25.0 % - 50.0 % \u00b1 1.2 % n=64" in page.text
+    assert "ChatCORE on 1 of 6 tasks 0 % - 0.3125" in page.text
+    assert "CORE on 20 of 22 tasks, baselines 1 0 % - 0.0625" in page.text
+    assert "CORE boolq 62.0 % - 56.2 % \u00b1 8.8 % n=32" in page.text
+    assert "bits per byte - - 2.0625" in page.text
+
+
+def test_three_right_and_three_wrong_are_shown_from_as_many_tasks_as_there_are(page):
+    right = page.text.split("sft is right")[1].split("sft is wrong")[0]
+    assert "arithmetic sum 0? [0+1 = 1] spelling spell? s p arithmetic sum 1? [1+1 = 2]" in right
+    assert "sum 2?" not in right
+    wrong = page.text.split("sft is wrong")[1].split("Fine-tuning")[0]
+    assert "hard?" in wrong
+    assert "spelling count? none expected: 42" in wrong
+    assert "mumble" not in page.text, "the base model's mistakes are no news"
+
+
+def test_fine_tuning_shows_what_it_inherits_and_how_it_went(page):
+    section = page.text.split("Fine-tuning")[1]
+    assert (
+        "From runs/x/step_000006 , 2 steps of 3 rows. Not given, and so the base model's: matrix_lr 0.0375." in section
+    )
+    assert "Right on held-out arithmetic" in section
+    assert "Answers after step 2 Who are you?" in section
+    assert "sft.mixture" in page.text
+
+
+def test_a_run_without_scores_says_how_to_get_them(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    for stage in ("sft", "evaluation"):
+        shutil.rmtree(tmp_path / "tiny" / stage)
+    text = Page(read(write_report(str(tmp_path / "tiny")))).text
+    assert "Nothing has been scored yet: run ray_jobs/evaluate.py" in text
+    assert "fine-tuning has not begun" in text

@@ -222,7 +222,8 @@ def test_code_is_named_by_file_and_line(page):
     [
         ("pretrain/checkpoints", {"attention", "loss", "predictions", "updates"}),
         ("pretrain/config.json", {"attention", "loss", "predictions", "updates"}),
-        ("shards/manifest.json", {section.name for section in SECTIONS}),
+        ("shards/manifest.json", {section.name for section in SECTIONS} - {"conversation"}),
+        ("sft/config.json", {"conversation"}),
         ("tokenizer", {section.name for section in SECTIONS}),
     ],
 )

@@ -10,10 +10,11 @@ import torch
 from nanochat import storage
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import Corpus, SourceShard
-from nanochat.data.token_shards import write_token_shards
+from nanochat.data.document_shards import write_token_shards
 from nanochat.data.tokenizer import train_tokenizer
 from nanochat.model.gpt import GPT
 from nanochat.provenance import begin_stage
@@ -46,6 +47,39 @@ SAMPLES = [
 ]
 
 
+SFT_METRICS = [
+    {"step": 0, "val_bpb": 5.5, "chat_arithmetic": 0.03125},
+    {"step": 0, "loss": 3.25},
+    {"step": 1, "loss": 1.25},
+    {"step": 2, "val_bpb": 0.625, "chat_arithmetic": 0.96875},
+]
+
+
+def problem(question: str, reply: str, is_right: bool) -> dict[str, object]:
+    return {"index": 0, "question": question, "expected": "42", "reply": reply, "is_right": is_right}
+
+
+def score(accuracy: float, n: int, right: list[dict[str, object]], wrong: list[dict[str, object]]) -> dict[str, object]:
+    return {"accuracy": accuracy, "n": n, "stderr": 0.0125, "chance": 0.25, "centered": 0.5,
+            "examples": {"right": right, "wrong": wrong}}  # fmt: skip
+
+
+SCORES = {
+    "pretrain": {"chat": {"arithmetic": score(0.0125, 80, [], [problem("base?", "mumble", False)])}, "chat_core": None},
+    "sft": {
+        "chat": {
+            "arithmetic": score(0.9375, 80, [problem(f"sum {n}?", f"[{n}+1 = {n + 1}]", True) for n in range(5)],
+                                [problem("hard?", HOSTILE, False)]),
+            "spelling": score(0.5, 64, [problem("spell?", "s p", True)], [problem("count?", "none", False)]),
+        },
+        "chat_core": {"title": "ChatCORE on 1 of 6 tasks", "value": 0.3125, "stderr": 0.01},
+        "core": {"title": "CORE on 20 of 22 tasks", "value": 0.0625, "stderr": 0.001, "table_version": "1",
+                 "tasks": {"boolq": {"accuracy": 0.5625, "n": 32, "stderr": 0.0875, "baseline": 0.62}}},
+        "bits_per_byte": 2.0625,
+    },
+}  # fmt: skip
+
+
 def write_source(path: Path, texts: list[str], split: str) -> SourceShard:
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
     return SourceShard(str(path), path.stat().st_size, split)
@@ -64,6 +98,7 @@ def write_tiny_run(run_dir: str, source: Path) -> None:
     begin_stage(run_dir + "/shards", configs)
     write_token_shards(shards_config, RunContext(), corpus, tokenizer, run_dir + "/shards")
     write_pretraining(run_dir + "/pretrain", tokenizer.vocab_size)
+    write_chat(run_dir)
 
 
 def write_pretraining(folder: str, vocab_size: int) -> None:
@@ -81,3 +116,14 @@ def write_pretraining(folder: str, vocab_size: int) -> None:
     # A lone surrogate can stand in JSON, though not in UTF-8.
     Path(folder, "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in SAMPLES))
     storage.append_jsonl(folder + "/notes.jsonl", {"note": "a worker group starts at step 4"})
+
+
+def write_chat(run_dir: str) -> None:
+    """Write what fine-tuning and evaluation leave, without their checkpoint."""
+    resolved = {"base": "runs/x/step_000006", "num_steps": 2, "rows_per_step": 3, "inherited": {"matrix_lr": 0.0375}}
+    begin_stage(run_dir + "/sft", {"sft": SftConfig(mixture=("arithmetic", "identity*2"))}, resolved)
+    for record in SFT_METRICS:
+        storage.append_jsonl(run_dir + "/sft/metrics.jsonl", record)
+    storage.append_jsonl(run_dir + "/sft/samples.jsonl", {"step": 2, "samples": {"Who are you?": HOSTILE}})
+    for name, scores in SCORES.items():
+        storage.write_json(f"{run_dir}/evaluation/{name}.json", scores)

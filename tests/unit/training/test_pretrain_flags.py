@@ -7,7 +7,7 @@ import torch
 from tiny_pretraining import tiny_config
 
 from nanochat import storage
-from nanochat.inference.sampling import complete
+from nanochat.inference.engine import Engine, Request, complete
 from nanochat.model import gpt
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import StepSchedule
@@ -162,11 +162,12 @@ def test_samples_are_completions_of_the_model_as_it_is_then(new_run, prepared):
     for record in samples:
         model = GPT(resolve(config, tokenizer.vocab_size, 32).model)
         model.load_state_dict(Checkpoint(step_folder(run.folder.checkpoints, record["step"])).model_tensors())
-        prompts = [[tokenizer.bos, *tokenizer.encode_ordinary(prompt)] for prompt in record["samples"]]
-        tokens = complete(
-            model, prompts, max_new_tokens=6, stop_token=tokenizer.bos, temperature=0.7, top_k=40, seed=5
-        )  # fmt: skip
-        assert list(record["samples"].values()) == [tokenizer.decode(completion) for completion in tokens]
+        prompts = [(tokenizer.bos, *tokenizer.encode_ordinary(prompt)) for prompt in record["samples"]]
+        stop = {"max_new_tokens": 6, "stop_tokens": frozenset({tokenizer.bos}), "temperature": 0.7, "top_k": 40}
+        wanted = [Request(prompt=prompt, seed=5 + number, **stop) for number, prompt in enumerate(prompts)]
+        tokens = [one.tokens for one in complete(Engine(model, capacity=64), wanted)]
+        texts = [tokenizer.decode([token for token in said if token != tokenizer.bos]) for said in tokens]
+        assert list(record["samples"].values()) == texts
     assert samples[0]["samples"] != samples[1]["samples"]
 
 

@@ -11,8 +11,9 @@ from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import prepare_corpus
+from nanochat.data.document_shards import write_token_shards
 from nanochat.data.row_order import RowReader
-from nanochat.data.token_shards import TokenShards, write_token_shards
+from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, train_tokenizer
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder

@@ -1,0 +1,52 @@
+"""Which models are scored, and on what."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat.config.training import below_least
+from nanochat.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Scores of one or more models, each with n and its standard error."""
+
+    models: tuple[str, ...] = ("sft",)
+    """Models to score: stages of the run directory (pretrain, sft) or checkpoint folders."""
+    hf: str | None = None
+    """Folder of a local `transformers` model to score as well, on CORE."""
+    tasks: tuple[str, ...] = ("arithmetic", "identity", "spelling")
+    """Tasks to put to the models: NAME, NAME=PATH for files of one's own, then :SPLIT (arithmetic:test_templates)."""
+    identity: str | None = None
+    """TOML file with the character of the identity task; none = nanochat's own."""
+    core: str | None = None
+    """Folder of an evaluation bundle: its table of tasks, its baselines, its data."""
+    bits_per_byte: bool = False
+    """Also measure bits per byte on the run directory's validation shards."""
+    max_per_task: int | None = None
+    """Score at most this many problems of each task, drawn by the seed; few-shot examples come from all of them."""
+    samples: int = 1
+    """Replies to each problem; above 1, pass@k is reported for every power of two up to it, and needs a temperature."""
+    temperature: float = 0.0
+    """Of the replies; 0 = the likeliest token."""
+    max_new_tokens: int = 256
+    """Tokens of a reply at most."""
+    seed: int = 0
+    """Of the draws."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute dtype; in float32 results do not depend on what is computed together."""
+    batch_tokens: int | None = None
+    """Tokens that are scored together; none = what suits the device."""
+    actors: int | None = None
+    """Processes that share the work; none = one per GPU, or one on CPU."""
+    task_mirror: str | None = None
+    """Base URL to download tasks from, as MIRROR/TASK/FILE; none = their public homes."""
+
+    def __post_init__(self) -> None:
+        found = below_least(self, max_per_task=1, samples=1, temperature=0, max_new_tokens=1, batch_tokens=1, actors=1)
+        if self.samples > 1 and self.temperature == 0:
+            found.append(f"samples={self.samples}: replies at temperature 0 are all the same. Set --temperature 1.")
+        if not (self.models or self.hf):
+            found.append("models=(): must name a model. For example sft.")
+        if found:
+            raise ConfigError(" ".join(found))

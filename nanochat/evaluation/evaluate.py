@@ -1,0 +1,266 @@
+"""Models and tasks to scores: the work cut into items, each scored by whoever has the model, the results joined.
+
+An item is some problems of one task for one model. Its result depends on nothing but itself, so any number of actors,
+and any that die on the way, give the same scores. They stay in evaluation/MODEL.json, task by task: a later call adds
+to them, as long as it is about the same weights.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from nanochat import storage
+from nanochat.config.evaluation import EvaluationConfig
+from nanochat.data.token_shards import TokenShards
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import ConfigError
+from nanochat.evaluation import core
+from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
+from nanochat.evaluation.chat import Verdict, judge
+from nanochat.evaluation.hf_model import HFScorer
+from nanochat.evaluation.scoring import GPTScorer, Scorer
+from nanochat.evaluation.statistics import pass_at_k, standard_error
+from nanochat.inference.load import load_model
+from nanochat.model.gpt import GPT
+from nanochat.run_context import RunContext
+from nanochat.storage import RunFolder
+from nanochat.tasks.registry import load_task
+from nanochat.tasks.task import Task, TaskFiles
+from nanochat.training.checkpoint import Checkpoint
+
+CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
+"""ChatCORE is the mean of their centred accuracies. Source: karpathy/nanochat chat_eval.py@92d63d4."""
+PROBLEMS_OF_ITEM = 128
+ROWS_OF_BATCH = 16
+SHOWN_PROBLEMS = 6
+_TASK = re.compile(r"(?P<name>\w+)(=(?P<path>.+?))?(:(?P<split>\w+))?")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model that is scored."""
+
+    name: str
+    """pretrain, sft, or the name of a folder."""
+    checkpoint: str | None
+    """Its checkpoint folder; None for a `transformers` model."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A piece of work: problems first .. first + count of a task, of CORE, or the validation text."""
+
+    model: str
+    kind: str
+    """chat, core or bits_per_byte."""
+    task: str
+    first: int = 0
+    count: int = 0
+
+
+class Evaluator:
+    """Scores items; models, tasks and bundle are loaded when an item first asks for them. It travels without them."""
+
+    def __init__(self, config: EvaluationConfig, run: RunContext, run_dir: str, models: Sequence[Model]) -> None:
+        self.config, self.run, self.folder = config, run, RunFolder(run_dir)
+        self.models = {model.name: model for model in models}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        run = replace(self.run, map=map, progress=RunContext.progress)
+        return Evaluator, (self.config, run, self.folder.root, list(self.models.values()))
+
+    def __call__(self, item: Item) -> Any:
+        """Return the verdicts, outcomes or counts of an item."""
+        if item.kind == "core":
+            return core.score_examples(
+                self.bundle, core.WorkItem(item.task, item.first, item.count), self.scorer(item.model)
+            )
+        if item.kind == "bits_per_byte":
+            return self._count_bits(item)
+        return judge(
+            self.model(item.model), self.tokenizer, self.tasks[item.task], range(item.first, item.first + item.count),
+            max_new_tokens=self.config.max_new_tokens, samples=self.config.samples, seed=self.config.seed,
+            temperature=self.config.temperature,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.load(self.folder.tokenizer)
+
+    @functools.cached_property
+    def bundle(self) -> core.Bundle:
+        """The tasks of CORE."""
+        assert self.config.core is not None, "a bundle was named"
+        return core.load_bundle(self.config.core)
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks by their labels, each the problems that are scored."""
+        found = {}
+        for text in self.config.tasks:
+            label, task = self._task(text)
+            found[label] = task if self.config.max_per_task is None else task.shuffled(self.config.seed)[
+                : self.config.max_per_task
+            ]  # fmt: skip
+        return found
+
+    def model(self, name: str) -> GPT:
+        """Return a model with its weights, loaded once and kept until another is asked for."""
+        if getattr(self, "_loaded", (None, None))[0] != name:
+            folder = self.models[name].checkpoint
+            assert folder is not None, "transformers models are scored on CORE only"
+            self._loaded = (name, load_model(Checkpoint(folder), self.tokenizer, self.run, self.config.dtype))
+        return self._loaded[1]
+
+    def scorer(self, name: str) -> Scorer:
+        """Return what compares a model's options."""
+        if self.models[name].checkpoint is None:
+            assert self.config.hf is not None, "its folder was named"
+            return _hf_scorer(self.config.hf, self.config.batch_tokens)
+        return GPTScorer(self.model(name), self.tokenizer, self.config.batch_tokens)
+
+    def _task(self, text: str) -> tuple[str, Task]:
+        found = _TASK.fullmatch(text)
+        if found is None:
+            raise ConfigError(f"tasks={text}: must be NAME, NAME=PATH and then :SPLIT. For example arithmetic:val.")
+        name, split = found["name"], found["split"] or "test"
+        path = found["path"] or (self.config.identity if name == "identity" else None)
+        files = TaskFiles(folder=self.folder.tasks, path=path, mirror=self.config.task_mirror)
+        task = load_task(name, split, files)
+        if task.kind == "unscored":
+            raise ConfigError(f"tasks={text}: has no right answers to score. It can be trained on alone.")
+        return name if split == "test" else f"{name}:{split}", task
+
+    @torch.no_grad()
+    def _count_bits(self, item: Item) -> list[float]:
+        shards, model = TokenShards.load(self.folder.shards), self.model(item.model)
+        bytes_V = torch.from_numpy(self.tokenizer.token_bytes()).to(model.lm_head.weight.device)
+        batches = shards.validation_batches(
+            rows=ROWS_OF_BATCH, limit=shards.rows("validation"), padding=self.tokenizer.bos, rank=item.first,
+            world_size=item.count,
+        )  # fmt: skip
+        checkpoint = self.models[item.model].checkpoint
+        assert checkpoint is not None
+        masked = Checkpoint(checkpoint).state["document_masking"]
+        return count_nats_and_bytes(model, batches, bytes_V, self.tokenizer.bos if masked else None).tolist()
+
+
+@functools.lru_cache(maxsize=1)
+def _hf_scorer(path: str, batch_tokens: int | None) -> HFScorer:
+    return HFScorer(path, batch_tokens)
+
+
+def items_of(evaluator: Evaluator) -> Iterator[Item]:
+    """Yield the work, model by model."""
+    config = evaluator.config
+    for model in evaluator.models.values():
+        if model.checkpoint is not None:
+            for label, task in evaluator.tasks.items():
+                for first in range(0, len(task), PROBLEMS_OF_ITEM):
+                    yield Item(model.name, "chat", label, first, min(PROBLEMS_OF_ITEM, len(task) - first))
+            if config.bits_per_byte:
+                yield from (Item(model.name, "bits_per_byte", "validation", part, 4) for part in range(4))
+        if config.core is not None:
+            for item in core.work_items(evaluator.bundle, config.max_per_task, PROBLEMS_OF_ITEM):
+                yield Item(model.name, "core", item.task, item.first, item.count)
+
+
+def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]:
+    """Score everything and return each model's results, which are also in evaluation/MODEL.json."""
+    items = list(items_of(evaluator))
+    outcomes: dict[str, dict[tuple[str, str], list[Any]]] = {name: {} for name in evaluator.models}
+    for number, (item, outcome) in enumerate(zip(items, run.map(evaluator, items), strict=True), start=1):
+        outcomes[item.model].setdefault((item.kind, item.task), []).extend(outcome)
+        run.progress(f"evaluation {number}/{len(items)}: {item.model}, {item.task}")
+    return {name: _keep(evaluator, name, results_of(evaluator, found)) for name, found in outcomes.items()}
+
+
+def results_of(evaluator: Evaluator, outcomes: dict[tuple[str, str], list[Any]]) -> dict[str, Any]:
+    """Return one model's scores from the outcomes of its items, by (kind, task)."""
+    results: dict[str, Any] = {"chat": {}}
+    of_core = {task: found for (kind, task), found in outcomes.items() if kind == "core"}
+    if of_core:
+        results["core"] = core.core_result(evaluator.bundle, of_core)
+    for (kind, label), found in outcomes.items():
+        if kind == "bits_per_byte":
+            results["bits_per_byte"] = bits_per_byte(sum(found[0::2]), sum(found[1::2]))
+        elif kind == "chat":
+            results["chat"][label] = chat_score(evaluator.tasks[label], found, evaluator.config.samples)
+    return results
+
+
+def chat_score(task: Task, verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
+    """Return accuracy, n, standard error and centred accuracy, pass@k, and some problems right and wrong."""
+    groups = [verdicts[first : first + samples] for first in range(0, len(verdicts), samples)]
+    rights = [sum(verdict.is_right for verdict in group) for group in groups]
+    n = len(groups)
+    accuracy = sum(rights) / (n * samples)
+    by_k = {
+        f"pass_at_{k}": sum(pass_at_k(samples, right, k) for right in rights) / n
+        for k in (2**power for power in range(samples.bit_length()))
+    }
+    shown = {
+        name: [asdict(one) for one in verdicts if one.is_right == is_right][:SHOWN_PROBLEMS]
+        for name, is_right in (("right", True), ("wrong", False))
+    }
+    return {
+        "accuracy": accuracy, "n": n, "stderr": standard_error(accuracy, n), "chance": task.chance,
+        "centered": (accuracy - task.chance) / (1 - task.chance),
+    } | (by_k if samples > 1 else {}) | {"examples": shown}  # fmt: skip
+
+
+def chat_core(scores: dict[str, Any]) -> dict[str, Any] | None:
+    """Return ChatCORE, the mean centred accuracy of its tasks, named by how many of them are there; None of none."""
+    there = [scores[task] for task in CHAT_CORE if task in scores]
+    if not there:
+        return None
+    title = "ChatCORE" if len(there) == len(CHAT_CORE) else f"ChatCORE on {len(there)} of {len(CHAT_CORE)} tasks"
+    errors = [score["stderr"] / (1 - score["chance"]) for score in there]
+    return {
+        "title": title,
+        "value": sum(score["centered"] for score in there) / len(there),
+        "stderr": sum(error**2 for error in errors) ** 0.5 / len(there),
+    }
+
+
+def score_table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return lines for the terminal: a row for each score, a column for each model, with its standard error."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, found in results.items():
+        for label, score in found["chat"].items():
+            text = f"{score['accuracy']:.1%} +- {score['stderr']:.1%} (n={score['n']})"
+            rows.setdefault(label, {})[name] = text
+        for label, score in found.get("core", {}).get("tasks", {}).items():
+            rows.setdefault(f"core {label}", {})[name] = f"{score['accuracy']:.1%} +- {score['stderr']:.1%}"
+        for score in (found.get("chat_core"), found.get("core")):
+            if score is not None:
+                rows.setdefault(score["title"], {})[name] = f"{score['value']:.4f} +- {score['stderr']:.4f}"
+        if "core" in found:
+            rows.setdefault("baseline table version", {})[name] = found["core"]["table_version"]
+        if "bits_per_byte" in found:
+            rows.setdefault("bits per byte", {})[name] = f"{found['bits_per_byte']:.4f}"
+    first = max(map(len, rows), default=0) + 2
+    lines = ["".ljust(first) + "".join(name.ljust(26) for name in results)]
+    return lines + [
+        label.ljust(first) + "".join(texts.get(name, "-").ljust(26) for name in results)
+        for label, texts in rows.items()
+    ]
+
+
+def _keep(evaluator: Evaluator, name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Add results to what evaluation/MODEL.json has of the same checkpoint, and return it all."""
+    path = storage.join(evaluator.folder.evaluation.root, f"{name}.json")
+    checkpoint = evaluator.models[name].checkpoint or evaluator.config.hf
+    before = storage.read_json(path) if storage.exists(path) else {}
+    if before.get("checkpoint") != checkpoint:
+        before = {"chat": {}}
+    chat = before["chat"] | results["chat"]
+    kept = before | results | {"checkpoint": checkpoint, "chat": chat, "config": asdict(evaluator.config)}
+    kept["chat_core"] = chat_core(chat)
+    storage.write_json(path, kept)
+    return kept

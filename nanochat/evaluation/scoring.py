@@ -1,0 +1,218 @@
+"""Options to their nats per token: what every likelihood evaluation asks of a model.
+
+A group is the options of one example, such as a question with each of its choices. The tokens that its options share
+from the start are computed once: the shared prefixes of many groups are prefilled as one batch, the cache's rows are
+copied to each option, and only the options' own ends follow. The head runs at scored positions alone. An option of
+one token after the shared ones, such as an answer's letter, is read off the prefix and costs nothing more.
+
+Shapes: B rows, T positions, C width, N scored tokens.
+Source of the comparison by mean nats: llm-foundry, as DCLM uses it (arXiv:2406.11794, appendix G).
+Not covered: prefixes shared between groups.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import DataError
+from nanochat.inference.kv_cache import KVCache
+from nanochat.model.gpt import GPT
+from nanochat.model.loss import CHUNK_TOKENS
+
+Item = TypeVar("Item")
+
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65_536, "mps": 16_384}
+"""Cached tokens of a batch by kind of device, padding and the copies of shared prefixes included."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A sequence of which the last part is scored."""
+
+    tokens: tuple[int, ...]
+    """The whole sequence."""
+    start: int
+    """tokens[start:] are scored; from 1 to len(tokens) - 1."""
+
+
+Group = Sequence[Option]
+"""The options of one example."""
+
+
+class Score(NamedTuple):
+    """What the model says of an option's scored tokens."""
+
+    mean_nats: float
+    """Negative log likelihood per token."""
+    is_greedy: bool
+    """Whether each is the likeliest token at its place."""
+
+
+class Scorer(Protocol):
+    """A model and its tokenizer."""
+
+    bos: int
+    """The token that every sequence begins with."""
+    max_tokens: int
+    """Longer options are cropped (`cropped`)."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
+        ...
+
+    def score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """Return a score for every option of every group; equal options of a group have equal scores."""
+        ...
+
+
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Return how many tokens all sequences share from the start."""
+    least, greatest = min(sequences), max(sequences)  # all others lie between the two, and share what they share
+    for place, (one, other) in enumerate(zip(least, greatest)):
+        if one != other:
+            return place
+    return len(least)
+
+
+def cropped(group: Group, max_tokens: int, bos: int | None) -> list[Option]:
+    """Return the group with its context cropped from the left, so that the longest option has max_tokens.
+
+    All options lose the same tokens, so what they shared they share still; a BOS in front stays; scored tokens stay.
+    Raises: DataError if they alone do not fit.
+    """
+    excess = max(len(option.tokens) for option in group) - max_tokens
+    if excess <= 0:
+        return list(group)
+    if (start := min(option.start for option in group)) <= excess:
+        raise DataError(
+            f"max_tokens={max_tokens}: an option has {excess} tokens too many, of which only {start - 1} are context. "
+            "Use a model with longer rows."
+        )
+    kept = 1 if all(option.tokens[0] == bos for option in group) else 0
+    return [Option(option.tokens[:kept] + option.tokens[kept + excess :], option.start - excess) for option in group]
+
+
+def cut_by_length(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
+    """Yield the items in runs of like length, the longest first, of which none pads to more than `budget` tokens."""
+    run: list[Item] = []
+    for item in sorted(items, key=length, reverse=True):
+        if run and (len(run) + 1) * length(run[0]) > budget:
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
+
+
+def judged(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nats of each target and whether it is the likeliest token (the first of equals)."""
+    return F.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV.argmax(dim=-1) == targets_N
+
+
+def score_of(nats: Sequence[float], greedy: Sequence[bool]) -> Score:
+    """Return the score of an option from its tokens'."""
+    return Score(sum(nats) / len(nats), all(greedy))
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A group made ready: its distinct options and how many tokens they share. Nobody's last token is an input."""
+
+    place: int
+    options: list[Option]
+    prefix: int
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.options[0].tokens[: self.prefix]
+
+
+@dataclass(frozen=True)
+class _End:
+    """What an option has after its group's prefix."""
+
+    row: int
+    """Of the prefix in its batch."""
+    number: int
+    """Of the option in its batch."""
+    tokens: tuple[int, ...]
+
+
+class GPTScorer:
+    """A `GPT` as Scorer, on the model's device. In float32 a score does not depend on what it is batched with."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None) -> None:
+        """Take a model; a batch has at most `batch_tokens` (none = BATCH_TOKENS), but at least one sequence."""
+        self.model = model
+        self.bos: int = tokenizer.bos
+        self.max_tokens = model.config.sequence_len
+        self._tokenizer = tokenizer
+        self._device = model.lm_head.weight.device
+        self._batch_tokens = batch_tokens or BATCH_TOKENS[self._device.type]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self._tokenizer.encode_ordinary(text)
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """Score the options of every group. Raises: DataError if an option's scored tokens are too many."""
+        distinct = [list(dict.fromkeys(group)) for group in groups]
+        ready = [self._shared(place, options) for place, options in enumerate(distinct) if options]
+        scores: list[dict[Option, Score]] = [{} for _ in groups]
+        for batch in cut_by_length(ready, lambda shared: shared.prefix, self._batch_tokens):
+            found = self._score_batch(batch)
+            for shared in batch:
+                scores[shared.place] = {option: next(found) for option in distinct[shared.place]}
+        return [[scores[place][option] for option in group] for place, group in enumerate(groups)]
+
+    def _shared(self, place: int, distinct: list[Option]) -> _Shared:
+        options = cropped(distinct, self.max_tokens, self.bos)
+        sequences = [option.tokens for option in options]
+        return _Shared(place, options, min(common_prefix(sequences), min(map(len, sequences)) - 1))
+
+    def _score_batch(self, batch: list[_Shared]) -> Iterator[Score]:
+        """Yield the scores of the batch's options in order."""
+        prefix_BT = self._padded([shared.tokens for shared in batch])
+        cache = KVCache(self.model.config, len(batch), prefix_BT.shape[1], self.model.compute_dtype, self._device)
+        hidden_BTC = self.model(prefix_BT, cache)
+        cache.advance([shared.prefix for shared in batch])
+        options = [(row, shared.prefix, option) for row, shared in enumerate(batch) for option in shared.options]
+        predicting = [[hidden_BTC[row, option.start - 1 : prefix]] for row, prefix, option in options]
+        ends = [
+            _End(row, number, option.tokens[prefix:-1])
+            for number, (row, prefix, option) in enumerate(options)
+            if len(option.tokens) - 1 > prefix
+        ]
+        for run in cut_by_length(ends, lambda end: cache.capacity + len(end.tokens), self._batch_tokens):
+            tokens_BT = self._padded([end.tokens for end in run])
+            hidden_BTC = self.model(
+                tokens_BT, cache.take([end.row for end in run], cache.capacity + tokens_BT.shape[1])
+            )
+            for row, end in enumerate(run):
+                _, prefix, option = options[end.number]
+                predicting[end.number].append(hidden_BTC[row, max(option.start - 1 - prefix, 0) : len(end.tokens)])
+        hidden_NC = torch.cat([part for parts in predicting for part in parts])
+        targets = [token for _, _, option in options for token in option.tokens[option.start :]]
+        nats, greedy = self._predict(hidden_NC, torch.tensor(targets, device=self._device))
+        end = 0
+        for _, _, option in options:
+            begin, end = end, end + len(option.tokens) - option.start
+            yield score_of(nats[begin:end], greedy[begin:end])
+
+    def _predict(self, hidden_NC: Tensor, targets_N: Tensor) -> tuple[list[float], list[bool]]:
+        """Return each target's nats and whether it is the likeliest token."""
+        chunk = CHUNK_TOKENS[self._device.type]
+        chunks = zip(hidden_NC.split(chunk), targets_N.split(chunk), strict=True)
+        nats, greedy = zip(*(judged(self.model.logits(chunk_NC), chunk_N) for chunk_NC, chunk_N in chunks))
+        return torch.cat(nats).tolist(), torch.cat(greedy).tolist()
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        width = max(map(len, sequences))
+        rows = [[*tokens, *[0] * (width - len(tokens))] for tokens in sequences]
+        return torch.tensor(rows, device=self._device)

@@ -1,0 +1,33 @@
+"""A checkpoint to a model that is ready to answer."""
+
+from typing import Literal
+
+from nanochat.config.model import ModelConfig
+from nanochat.config.training import TrainingConfig
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import TokenizerMismatchError
+from nanochat.model.gpt import GPT
+from nanochat.run_context import RunContext
+from nanochat.training.checkpoint import Checkpoint, load_parameters
+from nanochat.training.hardware import choose_hardware
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    run: RunContext,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+) -> GPT:
+    """Return a checkpoint's model on this process's device, computing in `dtype` (auto = what the hardware multiplies).
+
+    Raises: CheckpointError if it cannot be read; TokenizerMismatchError if it was trained with another tokenizer.
+    """
+    state = checkpoint.state
+    if state["tokenizer_hash"] != tokenizer.hash:
+        raise TokenizerMismatchError(
+            f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Use it in its own run directory."
+        )
+    hardware = choose_hardware(TrainingConfig(dtype=dtype), run)
+    model = GPT(ModelConfig(**state["model"]), hardware.dtype)
+    load_parameters(model, checkpoint.model_tensors(), checkpoint.folder)
+    return model.to(hardware.device).eval()

@@ -1,0 +1,94 @@
+"""Events to events with the tool's words in them: stop at a call, evaluate it, go on. The same above every engine.
+
+A completion that ends in <|python_end|> has called the calculator: the result is put after it, between the output
+tokens, as forced tokens, and the request goes back to the engine with everything so far as its prompt.
+
+Source: the calculator loop of karpathy/nanochat engine.py@92d63d4.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.inference.calculator import calculate
+from nanochat.inference.engine import Event, Request, TokenSource
+
+NO_RESULT = "error"
+"""What the tool says to a call that it cannot evaluate."""
+MAX_CALLS = 32
+
+
+@dataclass
+class _Turn:
+    """What has become of one request so far."""
+
+    id: int
+    request: Request
+    said: list[int]
+    calls: int = 0
+
+
+class ToolLoop:
+    """A TokenSource that gives a model the calculator."""
+
+    def __init__(
+        self, engine: TokenSource, tokenizer: Tokenizer, tool: Callable[[str], str | None] = calculate
+    ) -> None:
+        self.engine, self.tokenizer, self.tool = engine, tokenizer, tool
+        self._call_start, self._call_end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
+        self._turns: dict[int, _Turn] = {}  # by the engine's id of the request that runs now
+        self._next_id = 0
+
+    def add(self, request: Request) -> int:
+        """Queue a request and return its id. Raises: as the engine does."""
+        self._next_id += 1
+        self._submit(_Turn(self._next_id, request, []))
+        return self._next_id
+
+    def abort(self, id: int) -> None:
+        """Forget a request."""
+        for inner, turn in list(self._turns.items()):
+            if turn.id == id:
+                self.engine.abort(inner)
+                del self._turns[inner]
+
+    def step(self) -> list[Event]:
+        """Let the engine work and return its events; where a call ends, the tool's tokens follow it."""
+        events: list[Event] = []
+        for event in self.engine.step():
+            turn = self._turns[event.id]
+            turn.said.append(event.token)
+            if event.finish_reason is None:
+                events.append(replace(event, id=turn.id))
+                continue
+            del self._turns[event.id]
+            left = turn.request.max_new_tokens - len(turn.said)
+            is_call = event.finish_reason == "stop" and event.token == self._call_end and turn.calls < MAX_CALLS
+            output = self._output_of(turn.said) if is_call else []
+            if event.token in turn.request.stop_tokens or not is_call or len(output) >= left:
+                cut = is_call and event.token not in turn.request.stop_tokens
+                events.append(replace(event, id=turn.id, finish_reason="length" if cut else event.finish_reason))
+                continue
+            events.append(Event(turn.id, event.token))
+            events += [Event(turn.id, token, is_forced=True) for token in output]
+            turn.said += output
+            turn.calls += 1
+            self._submit(turn)
+        return events
+
+    def _submit(self, turn: _Turn) -> None:
+        request, said = turn.request, len(turn.said)
+        going_on = replace(
+            request, prompt=(*request.prompt, *turn.said), max_new_tokens=request.max_new_tokens - said,
+            stop_tokens=request.stop_tokens | {self._call_end}, first_position=request.first_position + said,
+        )  # fmt: skip
+        self._turns[self.engine.add(going_on)] = turn
+
+    def _output_of(self, said: list[int]) -> list[int]:
+        """Return the ids of the result of the call that `said` ends with."""
+        tokenizer, before = self.tokenizer, said[:-1]
+        start = len(before) - before[::-1].index(self._call_start) if self._call_start in before else len(before)
+        call = tokenizer.decode([token for token in before[start:] if token < tokenizer.bos])
+        result = self.tool(call) or NO_RESULT
+        ids = tokenizer.encode_ordinary(result)
+        return [tokenizer.special("<|output_start|>"), *ids, tokenizer.special("<|output_end|>")]

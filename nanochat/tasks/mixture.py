@@ -1,0 +1,149 @@
+"""Tasks with epochs or shares to one shuffled list of conversations, the same on every machine.
+
+`gsm8k*4` takes every conversation four times, `smoltalk~0.5` as many as make up half of the whole. Only training splits
+may enter, and of those the conversations that `held_out` gives to validation stay out before anything is repeated.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from nanochat.config.sft import SftConfig
+from nanochat.data.conversations import Conversation
+from nanochat.errors import ConfigError
+from nanochat.tasks.registry import load_task
+from nanochat.tasks.task import Task, TaskFiles
+
+VALIDATION_SHARE = 20
+_PART = re.compile(r"(?P<task>\w+)(=(?P<path>.+?))?(\*(?P<epochs>[0-9.]+)|~(?P<share>[0-9.]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One task of a mixture, by epochs or by its share of the whole."""
+
+    task: str
+    path: str | None = None
+    epochs: float = 1.0
+    share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSource:
+    """All that decides a mixture's conversations; another process can load it."""
+
+    parts: tuple[MixturePart, ...]
+    folder: str
+    """Where tasks are downloaded to."""
+    mirror: str | None
+    malformed: Literal["error", "drop"]
+    seed: int
+    validation_conversations: int
+
+    @classmethod
+    def of(cls, config: SftConfig, folder: str) -> "MixtureSource":
+        """Return the source that a config describes. Raises: ConfigError naming a part that cannot be read."""
+        parts = tuple(parse_part(text, config.identity) for text in config.mixture)
+        total = sum(part.share or 0.0 for part in parts)
+        if total >= 1:
+            raise ConfigError(
+                f"mixture={' '.join(config.mixture)}: its shares are {total:g} in all. Leave room below 1 for a task "
+                "with epochs, from which the size of the whole follows."
+            )
+        return cls(
+            parts=parts, folder=folder, mirror=config.task_mirror, malformed=config.malformed, seed=config.seed,
+            validation_conversations=config.validation_conversations,
+        )  # fmt: skip
+
+    def task(self, part: MixturePart) -> Task:
+        """Return a part's training split."""
+        files = TaskFiles(folder=self.folder, path=part.path, mirror=self.mirror, malformed=self.malformed)
+        return load_task(part.task, "train", files)
+
+
+def parse_part(text: str, identity: str | None = None) -> MixturePart:
+    """Return what NAME[=PATH][*EPOCHS or ~SHARE] says; `identity` is the identity task's path where it has none."""
+    found = _PART.fullmatch(text)
+    try:
+        if found is None:
+            raise ValueError(text)
+        epochs, share = float(found["epochs"] or 1), float(found["share"]) if found["share"] else None
+        if epochs <= 0 or (share is not None and not 0 < share < 1):
+            raise ValueError(text)
+    except ValueError as err:
+        raise ConfigError(
+            f"mixture={text}: must be NAME, NAME=PATH, and then *EPOCHS above 0 or ~SHARE between 0 and 1. For example "
+            "gsm8k*4 or smoltalk~0.5."
+        ) from err
+    path = found["path"] or (identity if found["task"] == "identity" else None)
+    return MixturePart(task=found["task"], path=path, epochs=epochs, share=share)
+
+
+class Mixture(Sequence[Conversation]):
+    """The conversations to train on, repeated and shuffled, and those held out from them."""
+
+    def __init__(self, source: MixtureSource, tasks: Sequence[Task]) -> None:
+        """Mix the parts' tasks, in the source's order. Raises: ConfigError if one is no training split or empty."""
+        kept: list[Task] = []
+        self.held_out: list[Task] = []
+        """Of each task the conversations that stay out."""
+        for task in tasks:
+            if task.split != "train":
+                raise ConfigError(f"mixture={task.name}: its {task.split} split is for scores. Train on a train split.")
+            if len(task) < 2:
+                raise ConfigError(
+                    f"mixture={task.name}: has {len(task)} conversations, at least 2 are needed. Add some."
+                )
+            count = max(1, min(source.validation_conversations, len(task) // VALIDATION_SHARE))
+            shuffled = task.shuffled(source.seed)
+            kept.append(shuffled[: len(task) - count])
+            self.held_out.append(shuffled[len(task) - count :])
+        self.tasks = kept
+        self._places = _places([len(task) for task in kept], source)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        part, place = self._places[index].tolist()
+        return self.tasks[part][place]
+
+    def validation(self) -> list[Conversation]:
+        """Return the conversations held out, task by task."""
+        return [conversation for task in self.held_out for conversation in task]
+
+    def dropped(self) -> dict[str, int]:
+        """Return how many malformed conversations were left out, by reason."""
+        totals: dict[str, int] = {}
+        for task in self.tasks:
+            for reason, count in task.dropped.items():
+                totals[reason] = totals.get(reason, 0) + count
+        return totals
+
+    def counts(self) -> dict[str, int]:
+        """Return how many conversations of each task are in the mixture, repetitions counted."""
+        parts = np.bincount(self._places[:, 0], minlength=len(self.tasks)).tolist()
+        return {task.name: count for task, count in zip(self.tasks, parts, strict=True)}
+
+
+def _places(sizes: Sequence[int], source: MixtureSource) -> np.ndarray:
+    """Return (part, conversation) of every conversation of the mixture, shuffled, int64 of shape (conversations, 2)."""
+    by_epochs = sum(size * part.epochs for size, part in zip(sizes, source.parts, strict=True) if part.share is None)
+    whole = by_epochs / (1 - sum(part.share or 0.0 for part in source.parts))
+    places = []
+    for number, (size, part) in enumerate(zip(sizes, source.parts, strict=True)):
+        count = max(1, round(size * part.epochs if part.share is None else whole * part.share))
+        places.append(np.stack([np.full(count, number), np.arange(count) % size], axis=1))
+    joined = np.concatenate(places)
+    raw = np.random.PCG64(np.random.SeedSequence([source.seed, len(joined)])).random_raw(len(joined))
+    return joined[np.argsort(raw, kind="stable")]
+
+
+@functools.lru_cache(maxsize=2)
+def load_mixture(source: MixtureSource) -> Mixture:
+    """Return the mixture of a source, loaded once in a process."""
+    return Mixture(source, [source.task(part) for part in source.parts])

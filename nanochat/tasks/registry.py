@@ -1,0 +1,37 @@
+"""Names of tasks to tasks: where a new one is entered, and nowhere else."""
+
+import difflib
+from collections.abc import Callable
+
+from nanochat.errors import ConfigError
+from nanochat.tasks.arithmetic import load_arithmetic
+from nanochat.tasks.conversation_files import load_messages, load_smoltalk
+from nanochat.tasks.gsm8k import load_gsm8k
+from nanochat.tasks.humaneval import load_humaneval
+from nanochat.tasks.identity import load_identity
+from nanochat.tasks.multiple_choice import load_arc_challenge, load_arc_easy, load_mmlu
+from nanochat.tasks.spelling import load_spelling
+from nanochat.tasks.task import Task, TaskFiles
+
+Loader = Callable[[str, TaskFiles], Task]
+
+LOADERS: dict[str, Loader] = {
+    "arithmetic": lambda split, files: load_arithmetic(split),
+    "identity": lambda split, files: load_identity(split, files.path),
+    "spelling": lambda split, files: load_spelling(split),
+    "gsm8k": load_gsm8k,
+    "mmlu": load_mmlu,
+    "arc_easy": load_arc_easy,
+    "arc_challenge": load_arc_challenge,
+    "humaneval": load_humaneval,
+    "smoltalk": load_smoltalk,
+    "messages": load_messages,
+}
+
+
+def load_task(name: str, split: str, files: TaskFiles) -> Task:
+    """Return a split of a task. Raises: ConfigError if there is no such task or split, DataError if its files fail."""
+    if name not in LOADERS:
+        meant = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, LOADERS, 1))
+        raise ConfigError(f"task={name}: must be one of {', '.join(LOADERS)}.{meant}")
+    return LOADERS[name](split, files)

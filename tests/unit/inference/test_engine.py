@@ -1,0 +1,205 @@
+"""The engine gives every request what it would get alone; the tool loop puts the tool's words in."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.config.model import ModelConfig
+from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
+from nanochat.errors import ConfigError
+from nanochat.inference.engine import Engine, Event, Request, complete, uniform
+from nanochat.inference.tool_loop import NO_RESULT, ToolLoop
+from nanochat.model.gpt import GPT
+
+STOP = 0
+
+
+def random_model(seed: int = 0) -> GPT:
+    """Every part of the architecture is on, and rows are longer than a short window would be."""
+    model = GPT(ModelConfig(sequence_len=64, vocab_size=40, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, smear=True))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=draw).mul_(0.4)
+    return model
+
+
+def slowly(model: GPT, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """Take the likeliest token again and again, the whole row through the model each time."""
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            tokens.append(int(model.logits(model(torch.tensor([tokens])))[0, -1].argmax()))
+        if tokens[-1] == STOP:
+            break
+    return tokens[len(prompt) :]
+
+
+def request(prompt: list[int], **changes) -> Request:
+    settings = {"max_new_tokens": 24, "stop_tokens": frozenset({STOP})} | changes
+    return Request(prompt=tuple(prompt), **settings)
+
+
+PROMPTS = [[5], [7, 3, 9, 11, 2], [1, 2, 3], [30, 31, 32, 33, 34, 35, 36, 37, 38], [8, 8], [12], [13, 14], [15, 16, 17]]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 32])
+def test_each_request_is_completed_as_it_would_be_by_itself(slots):
+    lengths = set()
+    for seed in (1, 2):
+        model = random_model(seed)
+        expected = [slowly(model, prompt, 24) for prompt in PROMPTS]
+        completions = complete(Engine(model, slots=slots), [request(prompt) for prompt in PROMPTS])
+        assert [one.tokens for one in completions] == expected
+        for one in completions:
+            assert one.finish_reason == ("stop" if one.tokens[-1] == STOP else "length")
+            assert not any(one.is_forced)
+        lengths |= {len(tokens) for tokens in expected}
+    assert len(lengths) > 1, "some stopped early"
+
+
+DRAWN = st.tuples(
+    st.sampled_from(PROMPTS), st.sampled_from([0.0, 0.7, 1.5]), st.sampled_from([None, 1, 5]), st.integers(0, 3),
+    st.integers(1, 12),
+)  # fmt: skip
+
+
+@settings(max_examples=15)
+@given(st.lists(DRAWN, min_size=1, max_size=7), st.integers(1, 4))
+def test_a_seeded_request_gives_the_same_tokens_in_any_company(drawn, slots):
+    model = random_model()
+    requests = [
+        request(prompt, temperature=temperature, top_k=top_k, seed=seed, max_new_tokens=count)
+        for prompt, temperature, top_k, seed, count in drawn
+    ]
+    together = complete(Engine(model, slots=slots), requests)
+    for one, wanted in zip(together, requests, strict=True):
+        assert complete(Engine(model, slots=1), [wanted])[0] == one
+
+
+def test_seeds_differ_and_positions_too():
+    numbers = {uniform(seed, position) for seed in range(20) for position in range(50)}
+    assert len(numbers) == 1000
+    assert all(0 <= number < 1 for number in numbers)
+    assert abs(sum(numbers) / 1000 - 0.5) < 0.05
+    model = random_model()
+    texts = {tuple(complete(Engine(model), [request([5], temperature=1.0, seed=seed)])[0].tokens) for seed in range(5)}
+    assert len(texts) == 5
+
+
+def test_an_aborted_request_gives_no_more_and_disturbs_no_one():
+    model = random_model()
+    engine = Engine(model, slots=2)
+    ids = [engine.add(request(prompt, stop_tokens=frozenset())) for prompt in PROMPTS[:4]]
+    seen: dict[int, list[int]] = {id: [] for id in ids}
+    for number in range(200):
+        if number == 3:
+            engine.abort(ids[0])
+            engine.abort(ids[3])
+            engine.abort(999)
+        for event in engine.step():
+            seen[event.id].append(event.token)
+    assert 0 < len(seen[ids[0]]) < 24
+    assert seen[ids[3]] == []
+    for place in (1, 2):
+        alone = complete(Engine(model, slots=1), [request(PROMPTS[place], stop_tokens=frozenset())])[0]
+        assert seen[ids[place]] == alone.tokens
+    assert engine.step() == []
+
+
+def test_what_does_not_fit_a_slot_is_refused_and_the_rest_goes_on():
+    engine = Engine(random_model(), slots=1, capacity=10)
+    for prompt, count in (([1] * 8, 3), ([], 1), ([1], 0)):
+        with pytest.raises(ConfigError, match="max_new_tokens="):
+            engine.add(request(prompt, max_new_tokens=count))
+    assert len(complete(engine, [request([1] * 8, max_new_tokens=2, stop_tokens=frozenset())])[0].tokens) == 2
+
+
+TOKENIZER = Tokenizer([], SPLIT_PATTERNS["nanochat"])
+END, CALL, CALLED = (TOKENIZER.special(f"<|{name}|>") for name in ("assistant_end", "python_start", "python_end"))
+OUTPUT, TOLD = TOKENIZER.special("<|output_start|>"), TOKENIZER.special("<|output_end|>")
+
+
+class Script:
+    """An engine that says a script: for each length of prompt so far the next token."""
+
+    def __init__(self, says: list[int], prompt: int) -> None:
+        self.says, self.prompt = says, prompt
+        self.requests: dict[int, tuple[Request, int]] = {}
+        self.added: list[Request] = []
+        self.aborted: list[int] = []
+
+    def add(self, request: Request) -> int:
+        self.added.append(request)
+        self.requests[len(self.added)] = (request, 0)
+        return len(self.added)
+
+    def abort(self, id: int) -> None:
+        self.aborted.append(id)
+        self.requests.pop(id, None)
+
+    def step(self) -> list[Event]:
+        events = []
+        for id, (wanted, count) in list(self.requests.items()):
+            token = self.says[len(wanted.prompt) + count - self.prompt]
+            reason = "stop" if token in wanted.stop_tokens else "length" if count + 1 == wanted.max_new_tokens else None
+            events.append(Event(id, token, reason))
+            self.requests[id] = (wanted, count + 1)
+            if reason:
+                del self.requests[id]
+        return events
+
+
+def spelled(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def run(says: list[int], max_new_tokens: int = 100):
+    engine = Script(says, prompt=2)
+    loop = ToolLoop(engine, TOKENIZER)
+    wanted = Request(prompt=(1, 2), max_new_tokens=max_new_tokens, stop_tokens=frozenset({END}), seed=5)
+    (completion,) = complete(loop, [wanted])
+    return completion, engine
+
+
+def test_a_call_is_answered_by_forced_tokens_and_the_model_goes_on():
+    told = [OUTPUT, *spelled("5"), TOLD]
+    says = [*spelled("So "), CALL, *spelled("2+3"), CALLED, *told, *spelled("5."), END]
+    completion, engine = run(says)
+    assert completion.tokens == says
+    assert completion.is_forced == [False] * 8 + [True] * 3 + [False] * 3
+    assert completion.finish_reason == "stop"
+    first, second = engine.added
+    assert second.prompt == (1, 2, *says[:11])
+    assert second.max_new_tokens == 100 - 11
+    assert second.first_position == 11, "its draws go on where they were"
+    assert second.seed == first.seed == 5
+
+
+def test_two_calls_and_a_call_without_a_result():
+    no_result = [OUTPUT, *spelled(NO_RESULT), TOLD]
+    says = [CALL, *spelled("1+1"), CALLED, OUTPUT, *spelled("2"), TOLD, CALL, *spelled("boom"), CALLED, *no_result, END]
+    completion, engine = run(says)
+    assert completion.tokens == says
+    assert len(engine.added) == 3
+    assert run([CALLED, *no_result, END])[0].tokens == [CALLED, *no_result, END], "an end without a start"
+
+
+@pytest.mark.parametrize("limit", [1, 4, 5, 6, 7, 8, 9, 10, 11])
+def test_the_limit_counts_the_tools_tokens_too(limit):
+    says = [CALL, *spelled("2+3"), CALLED, OUTPUT, *spelled("5"), TOLD, *spelled("55"), END]
+    completion, _ = run(says, limit)
+    assert len(completion.tokens) <= limit
+    assert completion.tokens == says[: len(completion.tokens)]
+    assert completion.finish_reason == ("stop" if limit == 11 else "length")
+
+
+def test_abort_reaches_the_engine():
+    engine = Script([*spelled("abc"), END], prompt=2)
+    loop = ToolLoop(engine, TOKENIZER)
+    first = loop.add(Request(prompt=(1, 2), max_new_tokens=9))
+    loop.step()
+    loop.abort(first)
+    assert engine.aborted == [1]
+    assert loop.step() == []
