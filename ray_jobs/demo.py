@@ -1,4 +1,4 @@
-"""The whole line, small: text, tokenizer, shards, a base model, and pages that show them. Run again, it resumes."""
+"""The whole line, small: text, tokenizer, shards, a base model, a chat model, scores, pages. Run again, it resumes."""
 
 import sys
 import time
@@ -10,14 +10,16 @@ from nanochat import storage
 from nanochat.cluster.environment import set_ray_environment
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
+from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What a laptop without a GPU trains in about five minutes."""
+    """What a laptop without a GPU trains in a few minutes."""
 
     corpus: str = "pydocs"
     """pydocs (inside every Python), or a path, glob or URI of .parquet / .jsonl files."""
@@ -27,12 +29,18 @@ class DemoConfig:
     """The dial; 4 layers train in minutes on two cores."""
     num_steps: int = 360
     """Steps of 4,096 tokens."""
+    sft_steps: int = 150
+    """Steps of fine-tuning, of 4,096 tokens."""
+    problems: int = 300
+    """Problems of each task that the chat model is scored on."""
+    identity: str | None = None
+    """TOML file that gives the model a character: name, maker, facts, tone; see nanochat/tasks/identity.toml."""
     run_dir: str = "runs/demo"
     """Where everything goes."""
 
 
 def demo(config: DemoConfig) -> int:
-    """Train a tokenizer and a small base model on this machine and show them."""
+    """Train a tokenizer, a small base model and a chat model on this machine, score them and show them."""
     set_ray_environment()
     from nanochat.cluster.terminal import run_job
 
@@ -41,7 +49,7 @@ def demo(config: DemoConfig) -> int:
 
 
 def _run(config: DemoConfig, log_path: str) -> None:
-    from nanochat.cluster.jobs import prepare_data, pretrain_base, summary
+    from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base, summary
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal
     from nanochat.pages.report import write_report
@@ -56,6 +64,9 @@ def _run(config: DemoConfig, log_path: str) -> None:
             TokenizerConfig(vocab_size=4096), ShardsConfig(sequence_len=512), None, terminal,
         )  # fmt: skip
         pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
+        finetune_chat(config.run_dir, demo_sft(config), cluster, terminal)
+        for evaluation in demo_evaluations(config):
+            evaluate_models(config.run_dir, evaluation, cluster, terminal)
     storage.write_json(storage.RunFolder(config.run_dir).summary, summary(config.run_dir))
     terminal.line(f"report     {write_report(config.run_dir)}")
     terminal.line(f"walk       {write_walk(config.run_dir)}")
@@ -66,8 +77,29 @@ def demo_pretraining(config: DemoConfig) -> PretrainConfig:
     """Return the demo's pretraining: small batches, so that few tokens are enough to read like documentation."""
     return PretrainConfig(
         depth=config.depth, head_dim=64, window_pattern="L", global_batch_tokens=4096, num_steps=config.num_steps,
-        evaluate_every=90, sample_every=120, checkpoint_every=120, log_every=5,
+        evaluate_every=90, sample_every=120, checkpoint_every=120, log_every=5, document_masking=True,
     )  # fmt: skip
+
+
+def demo_sft(config: DemoConfig) -> SftConfig:
+    """Return the demo's fine-tuning: word problems with the calculator, a character, and spelling."""
+    return SftConfig(
+        mixture=("arithmetic", "identity*4", "spelling"), identity=config.identity, num_steps=config.sft_steps,
+        evaluate_every=75, sample_every=75, checkpoint_every=75, log_every=5,
+    )  # fmt: skip
+
+
+def demo_evaluations(config: DemoConfig) -> list[EvaluationConfig]:
+    """Return what is scored: the base model on word problems, the chat model on everything that it was taught."""
+    tasks = ("arithmetic", "arithmetic:test_templates", "identity", "spelling")
+    return [
+        EvaluationConfig(
+            models=("pretrain",), tasks=("arithmetic",), max_per_task=min(200, config.problems), max_new_tokens=64
+        ),
+        EvaluationConfig(
+            models=("sft",), tasks=tasks, max_per_task=config.problems, max_new_tokens=96, identity=config.identity
+        ),
+    ]
 
 
 if __name__ == "__main__":

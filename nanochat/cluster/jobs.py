@@ -235,7 +235,11 @@ class _MetricsView:
 
 def summary(run_dir: str) -> dict[str, Any]:
     """Return the run's scores, as summary.json has them."""
-    scores = [
-        record["val_bpb"] for record in storage.read_jsonl(RunFolder(run_dir).pretrain.metrics) if "val_bpb" in record
-    ]
-    return {"val_bpb": scores[-1] if scores else None}
+    folder = RunFolder(run_dir)
+    bits = [record["val_bpb"] for record in storage.read_jsonl(folder.pretrain.metrics) if "val_bpb" in record]
+    found: dict[str, Any] = {"val_bpb": bits[-1] if bits else None}
+    for model, label in (("pretrain", "base"), ("sft", "sft")):
+        path = storage.join(folder.evaluation.root, f"{model}.json")
+        for task, score in (storage.read_json(path)["chat"] if storage.exists(path) else {}).items():
+            found[f"{task}_{label}"] = {"accuracy": score["accuracy"], "n": score["n"]}
+    return found

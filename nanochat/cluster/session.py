@@ -125,8 +125,7 @@ def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], I
 
     def apply_all(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         options = {"num_cpus": 0 if num_gpus else 0.5, "num_gpus": num_gpus, "max_restarts": 3, "max_task_retries": 3}
-        function = ray.put(fn)
-        pool = [ray.remote(_Actor).options(**options).remote(function) for _ in range(actors)]
+        pool = [ray.remote(_Actor).options(**options).remote(fn) for _ in range(actors)]
         free = deque(pool)
         running: dict[Any, tuple[int, Any]] = {}
         done: dict[int, Any] = {}

@@ -25,7 +25,7 @@ class HFScorer:
 
         `bos` is the tokenizer's, or its end-of-text token where it has none; `max_tokens` is what the model has
         positions for; `batch_tokens` none = BATCH_TOKENS. Raises: ConfigError if transformers is not installed or
-        `path` is no such model.
+        `path` is no such model, whole.
         """
         try:
             library: Any = importlib.import_module("transformers")
@@ -33,9 +33,14 @@ class HFScorer:
             raise ConfigError(f"model={path}: needs the package transformers. pip install transformers") from err
         try:
             self._tokenizer = library.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            model = library.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
-        except (OSError, ValueError) as err:
+            model, loaded = library.AutoModelForCausalLM.from_pretrained(
+                path, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as err:  # of damaged files each part of the library says so with another class, or none
             raise ConfigError(f"model={path}: is no model on this disk ({excerpt(err)}). Fetch it first.") from err
+        # Of what is not there the library makes random weights and a tokenizer without tokens.
+        if loaded["missing_keys"] or not self.encode("tokens"):
+            raise ConfigError(f"model={path}: lacks weights or a tokenizer. Fetch all files that belong to it.")
         self._model = model.to(device).eval()
         self._batch_tokens = batch_tokens or BATCH_TOKENS
         specials = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)

@@ -85,7 +85,7 @@ def cropped(group: Group, max_tokens: int, bos: int | None) -> list[Option]:
     All options lose the same tokens, so what they shared they share still; a BOS in front stays; scored tokens stay.
     Raises: DataError if they alone do not fit.
     """
-    excess = max(len(option.tokens) for option in group) - max_tokens
+    excess = max((len(option.tokens) for option in group), default=0) - max_tokens
     if excess <= 0:
         return list(group)
     if (start := min(option.start for option in group)) <= excess:

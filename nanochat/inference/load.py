@@ -1,6 +1,8 @@
-"""A checkpoint to a model that is ready to answer."""
+"""A checkpoint, or a model in training, to one that is ready to answer: its weights in the compute dtype, cast once."""
 
 from typing import Literal
+
+import torch
 
 from nanochat.config.model import ModelConfig
 from nanochat.config.training import TrainingConfig
@@ -30,4 +32,16 @@ def load_model(
     hardware = choose_hardware(TrainingConfig(dtype=dtype), run)
     model = GPT(ModelConfig(**state["model"]), hardware.dtype)
     load_parameters(model, checkpoint.model_tensors(), checkpoint.folder)
-    return model.to(hardware.device).eval()
+    return model.to(hardware.device, hardware.dtype).eval()
+
+
+def inference_copy(model: GPT) -> GPT:
+    """Return a model with the weights in its compute dtype: it computes the same, without casting at each step.
+
+    In bf16 a third of the time of decoding went into casts (depth 4, 2 cores, AMD EPYC, 2026-11-25).
+    """
+    copy = GPT(model.config, model.compute_dtype).to(model.lm_head.weight.device, model.compute_dtype)
+    with torch.no_grad():
+        for target, source in zip(copy.parameters(), model.parameters(), strict=True):
+            target.copy_(source)
+    return copy.eval()

@@ -16,10 +16,11 @@ that user of its own, who can read what all can read, and write to /tmp); withou
 ordinary user's code can signal that user's processes. Where root cannot become another user: SandboxError.
 
 Not covered: faults of the kernel and of processors (side channels); names, sizes and dates of files elsewhere; the
-dates and extended attributes of an ordinary user's own files, and the priority of that user's processes; directories
-in /tmp that are left when the caller is killed with SIGKILL (the run ends with it); how many runs a machine's memory
-bears; other systems than Linux (SandboxError). Code that ends with exit code 0 need not have come to its last line: a
-grader makes it print a random word at its end (code that looks for that word in main.py can still cheat).
+dates and extended attributes of an ordinary user's own files, the priority of that user's processes, and (before Linux
+6.12) signals to them by fcntl; directories in /tmp that are left when the caller is killed with SIGKILL (the run ends
+with it); how many runs a machine's memory bears; other systems than Linux (SandboxError). Code that ends with exit code
+0 need not have come to its last line: a grader makes it print a random word at its end (code that looks for that word
+in main.py can still cheat).
 
 Source: the task is OpenAI's human-eval (Chen et al. 2021, arXiv 2107.03374, section 2.3); the honest statement of its
 scope follows nanochat's execution.py (karpathy/nanochat), which guards against accidents only.

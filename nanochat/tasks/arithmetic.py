@@ -145,7 +145,7 @@ class _Call:
     right: str
     result: str
     fits: bool
-    """The result is in bounds and has no remainder."""
+    """The result is neither too small nor too large."""
 
 
 def _draw_numbers(draws: Draws, program: Sequence[str], prices: Set[str]) -> tuple[dict[str, str], list[_Call]]:
@@ -168,7 +168,7 @@ def _draw_numbers(draws: Draws, program: Sequence[str], prices: Set[str]) -> tup
             values["c"] = _draw_right(draws, sign, values["r"])
         left, right, left_text, right_text = values[first], values[second], shown(first), shown(second)
         values["r"] = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[sign]
-        fits = 2 <= values["r"] <= LARGEST and (sign != "/" or left % right == 0)
+        fits = 2 <= values["r"] <= LARGEST
         calls.append(_Call(left_text, sign, right_text, shown("r"), fits))
     return {name: shown(name) for name in values if name != "r"}, calls
 
@@ -183,7 +183,7 @@ def _draw_left(draws: Draws, sign: str) -> int:
 
 
 def _draw_right(draws: Draws, sign: str, left: int) -> int:
-    """Return a second number that goes with the first one, if there is any."""
+    """Return a second number that goes with the first one; a division has no remainder."""
     if sign == "*":
         return draws.between(2, 20)
     if sign == "/":

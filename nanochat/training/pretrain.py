@@ -2,6 +2,7 @@
 
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.inference.engine import Engine, Request, complete
+from nanochat.inference.load import inference_copy
 from nanochat.model.optimizer import StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.training import plan as planning
@@ -51,7 +52,7 @@ class Pretraining(TrainingLoop[PretrainConfig]):
                 )
                 for number, prompt in enumerate(prompts)
             ]  # fmt: skip
-            engine = Engine(self.model, slots=len(prompts), capacity=max(map(len, prompts)) + tokens)
+            engine = Engine(inference_copy(self.model), slots=len(prompts), capacity=max(map(len, prompts)) + tokens)
             completions = complete(engine, requests)
             texts = [self.tokenizer.decode([t for t in one.tokens if t != end]) for one in completions]
             self.metrics.write_samples(step, dict(zip(SAMPLE_PROMPTS, texts, strict=True)))

@@ -20,6 +20,7 @@ from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation, exchange, supervised
 from nanochat.errors import CheckpointError, ConfigError, TokenizerMismatchError
 from nanochat.evaluation.chat import answer, judge
+from nanochat.inference.load import inference_copy
 from nanochat.model import scaling
 from nanochat.model.optimizer import StepSchedule
 from nanochat.run_context import RunContext
@@ -135,13 +136,13 @@ class FineTuning(TrainingLoop[SftConfig]):
 
     def sample(self, step: int) -> None:
         """Put held-out problems to the model, every worker its share, and let the first answer a few questions."""
-        run = self.context
+        run, model = self.context, inference_copy(self.model)
         scores: dict[str, float] = {}
         for task in self.held_out:
             if task.kind == "unscored" or not self.config.chat_problems:
                 continue
             problems = range(min(self.config.chat_problems, len(task)))
-            judged = judge(self.model, self.tokenizer, task, problems[run.rank :: run.world_size])
+            judged = judge(model, self.tokenizer, task, problems[run.rank :: run.world_size])
             right = torch.tensor(float(sum(one.is_right for one in judged)), device=self.hardware.device)
             if run.world_size > 1:
                 dist.all_reduce(right)
@@ -151,7 +152,7 @@ class FineTuning(TrainingLoop[SftConfig]):
         if run.rank == 0:
             asked: list[Conversation] = [exchange(question, "") for question in SAMPLE_QUESTIONS]
             asked += [task[0] for task in self.held_out]
-            replies = answer(self.model, self.tokenizer, asked, max_new_tokens=self.config.sample_tokens)
+            replies = answer(model, self.tokenizer, asked, max_new_tokens=self.config.sample_tokens)
             questions = [conversation.messages[0].text for conversation in asked]
             texts = [reply.shown for reply in replies]
             self.metrics.write_samples(step, dict(zip(questions, texts, strict=True)))

@@ -15,7 +15,7 @@ import pytest
 from nanochat.storage import read_jsonl
 
 ROOT = Path(__file__).parents[2]
-MAX_TERMINAL_LINES = 20
+MAX_TERMINAL_LINES = 34
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -62,7 +62,7 @@ def losses_and_scores(run_dir: Path) -> tuple[list[dict], list[float]]:
 def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     """The first command of the README; the same again finds everything done and trains no step twice."""
     run_dir = tmp_path / "demo"
-    flags = ("--corpus", text, "--depth", 1, "--num-steps", 4, "--run-dir", run_dir)
+    flags = ("--corpus", text, "--depth", 1, "--num-steps", 4, "--sft-steps", 2, "--problems", 8, "--run-dir", run_dir)
     said = command("demo", *flags, timeout_s=140, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     losses, scores = losses_and_scores(run_dir)

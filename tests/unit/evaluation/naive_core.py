@@ -77,14 +77,19 @@ def naive_scores(forward, spans):
     return scores
 
 
-def naive_is_right(kind, row, scores):
-    if kind == "language_modeling":
-        return scores[0][1]
+def naive_choice(scores):
+    """Return the first option of the lowest mean."""
     best = 0
     for option in range(1, len(scores)):
         if scores[option][0] < scores[best][0]:
             best = option
-    return best == row["gold"]
+    return best
+
+
+def naive_is_right(kind, row, scores):
+    if kind == "language_modeling":
+        return scores[0][1]
+    return naive_choice(scores) == row["gold"]
 
 
 def gpt_forward(model):

@@ -571,7 +571,7 @@ def test_four_at_once_from_threads():
 
 
 def test_a_run_of_nothing_takes_little_time():
-    """0.05-0.07 s on two idle cores (2026-11-24), half of it the bare interpreter's start."""
+    """0.03-0.07 s on two cores (2026-11-25), half of it the bare interpreter's start."""
     assert min(run("").seconds for _ in range(5)) < 0.5
 
 
@@ -593,7 +593,7 @@ def test_the_numbers_are_those_of_the_kernels_headers(column, path):
 
 
 def test_humaneval_solutions_pass_and_a_wrong_one_does_not(test_data):
-    """The first eight of 164; all passed by hand, 7 s with four threads (2026-11-24)."""
+    """The first eight of 164; all passed by hand, 5 s with four threads (2026-11-25)."""
     lines = (test_data / "humaneval" / "HumanEval.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     problems = [json.loads(line) for line in lines]
     for answer, status in (("canonical_solution", "ok"), ("entry_point", "error")):

@@ -1,0 +1,189 @@
+"""Fine-tuning and evaluation on a real Ray: kills change no number, and neither does the number of actors."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ray import cloudpickle
+from test_pretraining import TINY, assert_same_run, losses, notes_of
+
+from nanochat.config.cluster import ClusterConfig
+from nanochat.config.evaluation import EvaluationConfig
+from nanochat.config.sft import SftConfig
+from nanochat.evaluation.evaluate import Evaluator, Item, Model, evaluate
+from nanochat.run_context import RunContext
+from nanochat.storage import RunFolder, StageFolder, read_jsonl
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_run, tmp_path_factory) -> Path:
+    """A run directory with a base model of two steps, trained in this process, and a file of short conversations."""
+    from nanochat.data.row_order import RowReader
+    from nanochat.data.token_shards import TokenShards
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.training.loop import TrainingInputs, local_stream
+    from nanochat.training.pretrain import pretrain
+
+    root = tmp_path_factory.mktemp("chat") / "run"
+    shutil.copytree(tiny_run, root)
+    folder = RunFolder(str(root))
+    shards = TokenShards.load(folder.shards)
+    stream = local_stream(RowReader(shards, "train", 0), 8)
+    inputs = TrainingInputs(Tokenizer.load(folder.tokenizer), shards, stream, folder.pretrain)
+    config = replace(TINY, num_steps=2, evaluate_every=0, checkpoint_every=0, log_row_ids=False)
+    assert pretrain(config, RunContext(use_gpu=False), inputs) is not None
+    draw = random.Random(0)
+    with open(root / "chats.jsonl", "w") as file:
+        for number in range(120):
+            question = f"{number} " + "x" * draw.randint(1, 12)
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "y" * draw.randint(1, 9)},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return root
+
+
+@pytest.fixture
+def finetune(ray_session, run_dir):
+    """Fine-tune on Ray into a folder and return its checkpoint."""
+    from nanochat.cluster.jobs import newest_of
+    from nanochat.cluster.session import ray_context
+    from nanochat.cluster.trainer import finetune_on_ray, sft_worker
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.tasks.mixture import MixtureSource
+    from nanochat.tasks.mixture_shards import write_mixture_shards
+
+    def train(folder, kills=None, marks=None, **changes):
+        from faulty_worker import worker_with
+
+        fields = {
+            "mixture": (f"messages={run_dir}/chats.jsonl",), "num_steps": 12, "global_batch_tokens": 4 * 64,
+            "dtype": "float32", "compile": "off", "evaluate_every": 6, "sample_every": 0, "checkpoint_every": 4,
+            "sample_tokens": 4, "log_every": 1, "log_row_ids": True, "micro_batch_rows": 2,
+        }  # fmt: skip
+        config = SftConfig(**(fields | changes))
+        place = RunFolder(str(run_dir))
+        source, base = MixtureSource.of(config, place.tasks), newest_of(place.pretrain)
+        tokenizer = Tokenizer.load(place.tokenizer)
+        shards = write_mixture_shards(source, ray_context(lambda line: None), tokenizer, 64, place.sft_shards)
+
+        def plain(job):
+            sft_worker(source, base, job)
+
+        worker = plain if kills is None else worker_with(kills, marks, plain)
+        cluster = ClusterConfig(num_workers=2, cpus_per_worker=0.5, max_failures=5)
+        return finetune_on_ray(
+            config, cluster, shards, place.tokenizer, StageFolder(str(folder)), lambda: None, source, base, worker
+        )
+
+    return train
+
+
+def test_kills_of_fine_tuning_change_nothing(finetune, tmp_path):
+    """Kill -9 in a step, during a checkpoint, just after one: losses, rows, weights, optimiser bit for bit."""
+    from faulty_worker import Kill
+
+    assert finetune(tmp_path / "calm") is not None
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    kills = [Kill("step", rank=1, count=6), Kill("write", rank=0, count=1), Kill("after_save", rank=1, count=1)]
+    assert finetune(tmp_path / "killed", kills, marks) is not None
+    assert len(list(marks.iterdir())) == 3, "every kill happened"
+    assert len([note for note in notes_of(tmp_path / "killed") if "failed: " in note]) >= 3
+    assert_same_run(tmp_path / "killed", tmp_path / "calm", 12)
+    bits = [
+        [record["val_bpb"] for record in read_jsonl(f"{folder}/metrics.jsonl") if "val_bpb" in record]
+        for folder in (tmp_path / "calm", tmp_path / "killed")
+    ]
+    assert bits[0] == bits[1]
+    assert len(bits[0]) == 3
+    got = losses(tmp_path / "calm")
+    assert got[11] < got[0]
+
+
+class DyingEvaluator(Evaluator):
+    """Dies with SIGKILL in the middle of chosen items, once each."""
+
+    marks: Path
+
+    def __reduce__(self):
+        _, arguments = super().__reduce__()
+        return revived, (self.marks, arguments)
+
+    def __call__(self, item: Item):
+        mark = self.marks / f"{item.task}_{item.first}"
+        result = super().__call__(item)
+        if item.first in (0, 20) and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+
+def revived(marks: Path, arguments) -> DyingEvaluator:
+    evaluator = DyingEvaluator(*arguments)
+    evaluator.marks = marks
+    return evaluator
+
+
+def scores(found: dict) -> dict:
+    """What is compared: everything but where and how it was computed."""
+    return {
+        name: {key: value for key, value in of_model.items() if key != "config"} for name, of_model in found.items()
+    }
+
+
+def test_neither_actors_nor_their_deaths_change_a_score(ray_session, run_dir, tmp_path, monkeypatch):
+    from nanochat.cluster.jobs import newest_of
+    from nanochat.cluster.session import actor_map
+    from nanochat.evaluation import evaluate as stage
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(stage, "PROBLEMS_OF_ITEM", 20)
+    config = EvaluationConfig(
+        models=("pretrain",), tasks=("spelling", "identity"), max_per_task=45, max_new_tokens=12, bits_per_byte=True,
+        samples=2, temperature=1.0, dtype="float32",
+    )  # fmt: skip
+    models = [Model("pretrain", newest_of(RunFolder(str(run_dir)).pretrain).folder)]
+
+    def result_of(run, kind=Evaluator):
+        evaluator = kind(config, run, str(run_dir), models)
+        evaluator.marks = tmp_path / "marks"
+        return scores(evaluate(evaluator, run))
+
+    alone = result_of(RunContext(use_gpu=False))
+    one = result_of(RunContext(use_gpu=False, map=actor_map(1, 0.0)))
+    two = result_of(RunContext(use_gpu=False, map=actor_map(2, 0.0)))
+    (tmp_path / "marks").mkdir()
+    dying = result_of(RunContext(use_gpu=False, map=actor_map(2, 0.0)), DyingEvaluator)
+    assert len(list((tmp_path / "marks").iterdir())) == 4 + 1, "an actor died in the first and second item of each task"
+    assert alone == one == two == dying
+    found = alone["pretrain"]
+    assert found["chat"]["spelling"]["n"] == 45
+    assert 0 <= found["chat"]["identity"]["pass_at_1"] <= found["chat"]["identity"]["pass_at_2"] <= 1
+    assert 1 < found["bits_per_byte"] < 10
+    assert torch.isfinite(torch.tensor(found["bits_per_byte"]))
+
+
+def test_an_error_in_an_item_comes_out_as_it_was(ray_session):
+    from nanochat.cluster.session import actor_map
+
+    def fails(item):
+        if item == 3:
+            raise KeyError("no such problem")
+        return item
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(KeyError, match="no such problem") as caught:
+        list(actor_map(2, 0.0)(fails, range(6)))
+    assert "in an actor" in caught.value.__notes__[0]
+    assert list(actor_map(2, 0.0)(abs, [-3, 2, -1])) == [3, 2, 1]
