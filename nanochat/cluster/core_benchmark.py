@@ -9,26 +9,31 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import CheckpointError
 from nanochat.evaluation.core import load_bundle
 from nanochat.evaluation.scoring import GPTScorer, Group, cropped
+from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
+from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
-from nanochat.training.checkpoint import Checkpoint, load_parameters, newest_checkpoint, step_folder
+from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, step_folder
 
 WARM_UP_EXAMPLES = 4
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Dtype = Literal["bfloat16", "float32"]
 
 
 def measure_core(
-    run_dir: str, bundle_folder: str, max_per_task: int = 32, rounds: int = 3, kinds: tuple[str, ...] = tuple(DTYPES)
+    run_dir: str,
+    bundle_folder: str,
+    max_per_task: int = 32,
+    rounds: int = 3,
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float32"),
 ) -> dict[str, Any]:
     """Time the run's newest pretrained model on the first examples of each few-shot multiple-choice task.
 
@@ -36,14 +41,18 @@ def measure_core(
     Raises: CheckpointError or DataError if a part of the run or the bundle is missing.
     """
     folder = RunFolder(run_dir)
-    tokenizer = Tokenizer.load(folder.tokenizer)
+    tokenizer, checkpoints = Tokenizer.load(folder.tokenizer), folder.pretrain.checkpoints
+    step = newest_checkpoint(checkpoints, passed_over=lambda line: None)
+    if step is None:
+        raise CheckpointError(f"run_dir={folder.root}: has no complete checkpoint. Run the pretraining.")
+    checkpoint = Checkpoint(step_folder(checkpoints, step))
     tasks = [
         task for task in load_bundle(bundle_folder).tasks.values()
         if task.kind == "multiple_choice" and task.num_fewshot
     ]  # fmt: skip
     results: dict[str, Any] = {}
-    for name in kinds:
-        scorer = GPTScorer(newest_model(folder, DTYPES[name]), tokenizer)
+    for dtype in dtypes:
+        scorer = GPTScorer(load_model(checkpoint, tokenizer, RunContext(), dtype), tokenizer)
         groups: dict[str, list[Group]] = {
             task.label: [
                 cropped(group, scorer.max_tokens, scorer.bos)
@@ -51,20 +60,8 @@ def measure_core(
             ]
             for task in tasks
         }
-        results[name] = _compare(scorer, groups, rounds)
+        results[dtype] = _compare(scorer, groups, rounds)
     return results
-
-
-def newest_model(folder: RunFolder, dtype: torch.dtype) -> GPT:
-    """Return the newest pretrained model of a run, on the fastest device here."""
-    checkpoints = folder.pretrain.checkpoints
-    step = newest_checkpoint(checkpoints, passed_over=lambda line: None)
-    if step is None:
-        raise CheckpointError(f"run_dir={folder.root}: has no complete checkpoint. Run the pretraining.")
-    checkpoint = Checkpoint(step_folder(checkpoints, step))
-    model = GPT(ModelConfig(**checkpoint.state["model"]), dtype)
-    load_parameters(model, checkpoint.model_tensors(), checkpoint.folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @torch.no_grad()

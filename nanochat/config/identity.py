@@ -13,11 +13,12 @@ Identity = Annotated[T, _MARK]
 
 
 def identity_fields(config: Any) -> dict[str, Any]:
-    """Return the identity fields of a config dataclass and their values."""
+    """Return the identity fields of a config dataclass and their values, as JSON has them: tuples are lists."""
     hints = typing.get_type_hints(type(config), include_extras=True)
+    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
     return {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field, value in values
         if _MARK in getattr(hints[field.name], "__metadata__", ())
     }
 
