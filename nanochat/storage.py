@@ -336,8 +336,8 @@ class RunFolder:
 
     @property
     def tasks(self) -> str:
-        """Files of tasks that were downloaded."""
-        return join(self.root, "tasks")
+        """Files of tasks that were downloaded: of a run directory behind a URI they lie on each machine itself."""
+        return join(self.root if is_local(self.root) else tempfile.gettempdir(), "tasks")
 
     @property
     def evaluation(self) -> StageFolder:

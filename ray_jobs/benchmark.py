@@ -1,10 +1,10 @@
-"""Measure training, packing and streaming on this machine; prints a table and writes JSON."""
+"""Measure training, packing, streaming and CORE scoring on this machine; prints a table and writes JSON."""
 
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,8 +17,9 @@ from nanochat.config.cluster import ClusterConfig
 class BenchmarkConfig:
     """One benchmark on this machine."""
 
-    what: Annotated[Literal["train", "pack", "stream"], tyro.conf.Positional]
-    """train (Ray Train against a plain process), pack (text to token shards), stream (shards into a worker)."""
+    what: Annotated[Literal["train", "pack", "stream", "core"], tyro.conf.Positional]
+    """train (Ray Train against a plain process), pack (text to token shards), stream (shards into a worker), core (a
+    run directory's base model on few-shot multiple choice, batched against one example at a time)."""
     json: Path | None = None
     """Write hardware and results here."""
     steps: int = 120
@@ -26,7 +27,11 @@ class BenchmarkConfig:
     corpus: str = "pydocs"
     """Text to use: pydocs, or a path, glob or URI."""
     run_dir: str = "runs/benchmark"
-    """Scratch space, kept between runs."""
+    """Scratch space, kept between runs; core: the run directory of the model."""
+    bundle: str | None = None
+    """core: folder of the evaluation bundle."""
+    max_per_task: int = 32
+    """core: examples of each task."""
 
 
 def benchmark(config: BenchmarkConfig) -> int:
@@ -34,9 +39,11 @@ def benchmark(config: BenchmarkConfig) -> int:
     job_start_s = time.time()
     set_ray_environment()
     from nanochat.cluster import benchmarks
+    from nanochat.cluster.core_benchmark import measure_core
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import run_job
     from nanochat.config.pretrain import PretrainConfig
+    from nanochat.errors import ConfigError
     from nanochat.run_context import RunContext
     from nanochat.training.hardware import choose_hardware, describe_machine
 
@@ -44,6 +51,11 @@ def benchmark(config: BenchmarkConfig) -> int:
     cluster = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
 
     def main() -> None:
+        if config.what == "core":
+            if config.bundle is None:
+                raise ConfigError("bundle=None: core needs an evaluation bundle. Give its folder with --bundle.")
+            report(flat(measure_core(config.run_dir, config.bundle, config.max_per_task), "core"))
+            return
         with storage.claimed(config.run_dir), session(cluster, log_path):
             if config.what == "train":
                 results = benchmarks.measure_training(config.run_dir, config.corpus, config.steps, cluster, job_start_s)
@@ -56,12 +68,23 @@ def benchmark(config: BenchmarkConfig) -> int:
                 results = benchmarks.measure_packing(config.run_dir, config.corpus)
             else:
                 results = benchmarks.measure_streaming(config.run_dir, config.corpus)
+        report(results)
+
+    def report(results: dict[str, object]) -> None:
         hardware = describe_machine(choose_hardware(PretrainConfig(), RunContext()))
         show(hardware, results)
         if config.json is not None:
             storage.write_json(str(config.json), {"hardware": hardware, "results": results})
 
     return run_job(main, log_path)
+
+
+def flat(values: dict[str, Any], prefix: str) -> dict[str, object]:
+    """Return nested results by their joined names."""
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}_{name}") if isinstance(value, dict) else {f"{prefix}_{name}": value}
+    return found
 
 
 def show(hardware: dict[str, object], results: dict[str, object]) -> None:
@@ -77,7 +100,7 @@ def show(hardware: dict[str, object], results: dict[str, object]) -> None:
                 if isinstance(value, (int, float))
                 else str(value)
             )
-        print(f"{name:40} {text}")
+        print(f"{name:64} {text}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ class DemoConfig:
     """The dial; 4 layers train in minutes on two cores."""
     num_steps: int = 360
     """Steps of 4,096 tokens."""
-    sft_steps: int = 150
+    sft_steps: int = 100
     """Steps of fine-tuning, of 4,096 tokens."""
-    problems: int = 300
+    problems: int = 200
     """Problems of each task that the chat model is scored on."""
     identity: str | None = None
     """TOML file that gives the model a character: name, maker, facts, tone; see nanochat/tasks/identity.toml."""
@@ -77,15 +77,15 @@ def demo_pretraining(config: DemoConfig) -> PretrainConfig:
     """Return the demo's pretraining: small batches, so that few tokens are enough to read like documentation."""
     return PretrainConfig(
         depth=config.depth, head_dim=64, window_pattern="L", global_batch_tokens=4096, num_steps=config.num_steps,
-        evaluate_every=90, sample_every=120, checkpoint_every=120, log_every=5, document_masking=True,
+        evaluate_every=120, sample_every=120, checkpoint_every=120, log_every=5,
     )  # fmt: skip
 
 
 def demo_sft(config: DemoConfig) -> SftConfig:
     """Return the demo's fine-tuning: word problems with the calculator, a character, and spelling."""
     return SftConfig(
-        mixture=("arithmetic", "identity*4", "spelling"), identity=config.identity, num_steps=config.sft_steps,
-        evaluate_every=75, sample_every=75, checkpoint_every=75, log_every=5,
+        mixture=("arithmetic*0.5", "identity*2", "spelling*0.5"), identity=config.identity, num_steps=config.sft_steps,
+        evaluate_every=0, sample_every=50, checkpoint_every=50, log_every=5, chat_problems=16,
     )  # fmt: skip
 
 
@@ -93,9 +93,7 @@ def demo_evaluations(config: DemoConfig) -> list[EvaluationConfig]:
     """Return what is scored: the base model on word problems, the chat model on everything that it was taught."""
     tasks = ("arithmetic", "arithmetic:test_templates", "identity", "spelling")
     return [
-        EvaluationConfig(
-            models=("pretrain",), tasks=("arithmetic",), max_per_task=min(200, config.problems), max_new_tokens=64
-        ),
+        EvaluationConfig(models=("pretrain",), tasks=("arithmetic",), max_per_task=config.problems, max_new_tokens=64),
         EvaluationConfig(
             models=("sft",), tasks=tasks, max_per_task=config.problems, max_new_tokens=96, identity=config.identity
         ),

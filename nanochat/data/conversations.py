@@ -63,7 +63,7 @@ class Conversation:
     """What a task needs to judge a reply, such as the right answer."""
 
 
-def exchange(question: str, answer: str | Iterable[Part], **facts: Any) -> Conversation:
+def exchange(question: str, answer: str | Iterable[Part], /, **facts: Any) -> Conversation:
     """Return a conversation of one question and one answer."""
     parts = (Part("text", answer),) if isinstance(answer, str) else tuple(answer)
     return Conversation((Message("user", (Part("text", question),)), Message("assistant", parts)), facts)

@@ -132,5 +132,4 @@ def _conversation(
     lines = "\n".join(f"{choice.strip()} =>{letter}" for choice, letter in zip(choices, letters))
     prompt = f"{question.strip()}\n\n{lines}\n\nWhich one is right? Answer with its letter only."
     answer = letters[labels.index(str(right))]
-    facts = {"letters": letters, "answer": answer, "subject": subject}
-    return Conversation(exchange(prompt, answer).messages, facts)
+    return exchange(prompt, answer, letters=letters, answer=answer, subject=subject)

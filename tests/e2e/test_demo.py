@@ -17,7 +17,7 @@ from nanochat.storage import read_jsonl
 ROOT = Path(__file__).parents[2]
 MAX_TERMINAL_LINES = 34
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     """The first command of the README; the same again finds everything done and trains no step twice."""
     run_dir = tmp_path / "demo"
     flags = ("--corpus", text, "--depth", 1, "--num-steps", 4, "--sft-steps", 2, "--problems", 8, "--run-dir", run_dir)
-    said = command("demo", *flags, timeout_s=140, compiled=compiled)
+    said = command("demo", *flags, timeout_s=200, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     losses, scores = losses_and_scores(run_dir)
     assert [record["step"] for record in losses] == [0, 3]
@@ -74,6 +74,9 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["val_bpb"] == scores[-1]
     assert 0 < summary["val_bpb"] < math.inf
+    assert summary["arithmetic_base"] == {"accuracy": 0.0, "n": 8}
+    assert summary["arithmetic_sft"]["n"] == summary["identity_sft"]["n"] == 8
+    assert 0 <= summary["arithmetic_sft"]["accuracy"] <= 1
     assert f"validation {scores[-1]:.4f} bits per byte" in said
     (samples,) = read_jsonl(str(run_dir / "pretrain" / "samples.jsonl"))
     assert samples["step"] == 4
@@ -81,16 +84,45 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     report, walk = (run_dir / "report.html").read_text(), (run_dir / "walk.html").read_text()
     assert f"{scores[-1]:.3f}" in report
     assert "Not here yet" not in walk
+    assert "A conversation and its mask" in walk
+    assert "sft is wrong" in report
+    assert "arithmetic:test_templates" in said
+    assert_the_model_can_be_talked_to(run_dir)
     weights = next((run_dir / "pretrain" / "checkpoints" / "step_000004").glob("model*.safetensors"))
     written = weights.stat().st_mtime_ns
 
-    said = command("demo", *flags, timeout_s=80, compiled=compiled)
+    said = command("demo", *flags, timeout_s=140, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     again, scores_again = losses_and_scores(run_dir)
     assert again == losses, "a step was trained again"
     assert scores_again == scores
     assert weights.stat().st_mtime_ns == written
     assert json.loads((run_dir / "summary.json").read_text()) == summary
+
+
+def assert_the_model_can_be_talked_to(run_dir: Path) -> None:
+    """Chat reads lines from a pipe, commands too, and the viewer prints the mixture with its mask."""
+    done = subprocess.run(
+        [sys.executable, "ray_jobs/chat.py", "--run-dir", str(run_dir), "--max-new-tokens", "8"], cwd=ROOT, timeout=60,
+        input="Who are you?\n/temperature x\n/show\n/quit\nnever read\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("> Who are you?\n")
+    assert "/temperature x: must be a number" in done.stdout
+    assert "<|assistant_end|>" in done.stdout
+    assert "never read" not in done.stdout
+    shown = command(
+        "sft", "--run-dir", run_dir, "--mixture", "arithmetic", "identity", "--show", 2, timeout_s=60
+    )  # fmt: skip
+    assert shown.count("<|bos|>") == 2
+    assert "\x1b[32;7m<|assistant_end|>" in shown
+    lost = subprocess.run(
+        [sys.executable, "ray_jobs/chat.py", "--run-dir", str(run_dir), "--model", "nothing"], cwd=ROOT, timeout=60,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert lost.returncode == 2
+    assert "models=nothing: state.json is missing. Name pretrain, sft, or a complete step_ folder." in lost.stderr
 
 
 def test_the_streaming_benchmark_writes_its_numbers(text, tmp_path):
