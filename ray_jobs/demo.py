@@ -85,7 +85,7 @@ def demo_sft(config: DemoConfig) -> SftConfig:
     """Return the demo's fine-tuning: word problems with the calculator, a character, and spelling."""
     return SftConfig(
         mixture=("arithmetic*0.5", "identity*2", "spelling*0.5"), identity=config.identity, num_steps=config.sft_steps,
-        evaluate_every=0, sample_every=50, checkpoint_every=50, log_every=5, chat_problems=16,
+        joined=0.3, evaluate_every=0, sample_every=50, checkpoint_every=50, log_every=5, chat_problems=16,
     )  # fmt: skip
 
 

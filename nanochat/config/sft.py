@@ -14,6 +14,8 @@ class SftConfig(TrainingConfig):
     mixture: Identity[tuple[str, ...]] = ("arithmetic", "identity", "spelling")
     """Tasks to train on: NAME, NAME=PATH for files of one's own, then *EPOCHS (gsm8k*4) or ~SHARE of the whole
     (smoltalk~0.5). Names: see nanochat/tasks/registry.py; messages=FILE.jsonl is any file of conversations."""
+    joined: Identity[float] = 0.0
+    """Share of conversations that go on with another of the mixture, so that a change of subject is learned."""
     identity: Identity[str | None] = None
     """TOML file with the character of the identity task: name, maker, facts, tone; none = nanochat's own."""
     malformed: Identity[Literal["error", "drop"]] = "error"
@@ -60,7 +62,7 @@ class SftConfig(TrainingConfig):
         found += below_least(
             self, validation_conversations=1, num_steps=1, global_batch_tokens=1, chat_problems=0
         )  # fmt: skip
-        found += outside_shares(self, "first_lr_factor", "warmdown_fraction")
+        found += outside_shares(self, "joined", "first_lr_factor", "warmdown_fraction")
         found += not_rates(self, "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")
         if not self.mixture:
             found.append("mixture=(): must name a task. arithmetic needs no download.")

@@ -1,7 +1,8 @@
 """Tasks with epochs or shares to one shuffled list of conversations, the same on every machine.
 
 `gsm8k*4` takes every conversation four times, `smoltalk~0.5` as many as make up half of the whole. Only training splits
-may enter, and of those the conversations that `held_out` gives to validation stay out before anything is repeated.
+may enter, and of those the conversations that `held_out` gives to validation stay out before anything is repeated. With
+`joined` a share of them goes on with another one, in the same conversation.
 """
 
 import functools
@@ -43,6 +44,7 @@ class MixtureSource:
     malformed: Literal["error", "drop"]
     seed: int
     validation_conversations: int
+    joined: float = 0.0
 
     @classmethod
     def of(cls, config: SftConfig, folder: str) -> "MixtureSource":
@@ -56,7 +58,7 @@ class MixtureSource:
             )
         return cls(
             parts=parts, folder=folder, mirror=config.task_mirror, malformed=config.malformed, seed=config.seed,
-            validation_conversations=config.validation_conversations,
+            validation_conversations=config.validation_conversations, joined=config.joined,
         )  # fmt: skip
 
     def task(self, part: MixturePart) -> Task:
@@ -104,11 +106,18 @@ class Mixture(Sequence[Conversation]):
             self.held_out.append(shuffled[len(task) - count :])
         self.tasks = kept
         self._places = _places([len(task) for task in kept], source)
+        draws = np.random.PCG64(np.random.SeedSequence([source.seed, 1])).random_raw(2 * len(self._places))
+        goes_on = draws[::2] < source.joined * 2.0**64
+        self._next = np.where(goes_on, draws[1::2] % len(self._places), -1).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        first, follows = self._single(index), int(self._next[index])
+        return first if follows < 0 else Conversation(first.messages + self._single(follows).messages)
+
+    def _single(self, index: int) -> Conversation:
         part, place = self._places[index].tolist()
         return self.tasks[part][place]
 

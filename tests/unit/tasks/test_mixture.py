@@ -108,6 +108,23 @@ def test_the_order_is_a_shuffle_that_follows_from_the_seed(seed, sizes):
         assert questions(first) != questions(other)
 
 
+@pytest.mark.parametrize("joined", [0.0, 0.25, 1.0])
+def test_a_share_goes_on_with_another_conversation_of_the_mixture(joined):
+    mixture = mixed((1000, MixturePart(task="a")), (1000, MixturePart(task="b")), joined=joined)
+    plain = mixed((1000, MixturePart(task="a")), (1000, MixturePart(task="b")))
+    turns = [len(conversation.messages) // 2 for conversation in mixture]
+    assert turns.count(2) == pytest.approx(joined * len(mixture), abs=100 if 0 < joined < 1 else 0)
+    assert questions(mixture) == questions(plain), "the first of them stays"
+    held_out = set(questions(mixture.validation()))
+    seconds = [conversation.messages[2].text for conversation in mixture if len(conversation.messages) > 2]
+    assert not held_out & set(seconds)
+    if seconds:
+        assert 0.35 < sum(second.startswith("a") for second in seconds) / len(seconds) < 0.65
+        assert len(set(seconds)) > 0.5 * len(seconds)
+    assert [c.messages for c in mixture] == [c.messages for c in mixed(
+        (1000, MixturePart(task="a")), (1000, MixturePart(task="b")), joined=joined)]  # fmt: skip
+
+
 def test_tasks_are_spread_through_the_whole():
     mixture = mixed((500, MixturePart(task="a")), (500, MixturePart(task="b")))
     half = [question[0] for question in questions(mixture)[: len(mixture) // 2]]
