@@ -31,7 +31,7 @@ from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, problem_with, step_folder
 from nanochat.training.metrics import progress_line
-from nanochat.training.sft import base_sha256, resolve_sft
+from nanochat.training.sft import resolve_sft
 
 REMOTE_LOOK_S = 10.0
 BYTES_PER_TOKEN = 4.8
@@ -115,7 +115,11 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         source, ray_context(terminal.live), tokenizer, base.state["model"]["sequence_len"], folder.sft_shards
     )
     sft = resolve_sft(config, base, shards.rows("train"))
-    resolved = sft.plan.as_json() | {"inherited": sft.inherited, "base": base.folder, "base_sha256": base_sha256(base)}
+    resolved = sft.plan.as_json() | {
+        "inherited": sft.inherited,
+        "base": base.folder,
+        "base_sha256": base.weights_sha256,
+    }
     begin_stage(folder.sft.root, {"sft": config}, resolved | {"shards": shards.manifest_hash})
     terminal.line(f"mixture    {', '.join(f'{count:,} {name}' for name, count in mixture.counts().items())}")
     left_out = sum(shard.skipped["longer_than_a_row"] for shard in shards.shards)

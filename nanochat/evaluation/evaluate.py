@@ -253,14 +253,15 @@ def score_table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _keep(evaluator: Evaluator, name: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Add results to what evaluation/MODEL.json has of the same checkpoint, and return it all."""
+    """Add results to what evaluation/MODEL.json has of the same weights, and return it all."""
     path = storage.join(evaluator.folder.evaluation.root, f"{name}.json")
-    checkpoint = evaluator.models[name].checkpoint or evaluator.config.hf
+    checkpoint = evaluator.models[name].checkpoint
+    model = {"checkpoint": checkpoint or evaluator.config.hf}
+    model["weights"] = Checkpoint(checkpoint).weights_sha256 if checkpoint else None
     before = storage.read_json(path) if storage.exists(path) else {}
-    if before.get("checkpoint") != checkpoint:
+    if any(before.get(key) != value for key, value in model.items()):
         before = {"chat": {}}
     chat = before["chat"] | results["chat"]
-    kept = before | results | {"checkpoint": checkpoint, "chat": chat, "config": asdict(evaluator.config)}
-    kept["chat_core"] = chat_core(chat)
+    kept = before | results | model | {"chat": chat, "chat_core": chat_core(chat), "config": asdict(evaluator.config)}
     storage.write_json(path, kept)
     return kept

@@ -111,6 +111,12 @@ class Checkpoint:
             )
         return state
 
+    @property
+    def weights_sha256(self) -> str:
+        """The hash of the model's weights, as the first worker's checksums have it."""
+        path = storage.join(self.folder, f"checksums_00_of_{self.state['world_size']:02d}.json")
+        return storage.read_json(path)["sha256"]["model.safetensors"]
+
     def model_tensors(self) -> dict[str, Tensor]:
         """Return the parameters by name, on CPU."""
         return _load_file(storage.join(self.folder, "model.safetensors"))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat import storage
 from nanochat.config.model import ModelConfig
 from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation, exchange, supervised
@@ -125,7 +124,7 @@ class FineTuning(TrainingLoop[SftConfig]):
 
     def stage_state(self) -> dict[str, Any]:
         """Return which base model this is: the hash of its weights."""
-        return {"base_sha256": base_sha256(self.base)}
+        return {"base_sha256": self.base.weights_sha256}
 
     def schedule(self, step: int) -> StepSchedule:
         """Return a constant learning rate that falls to zero at the end; Muon's momentum stays where it was."""
@@ -156,10 +155,3 @@ class FineTuning(TrainingLoop[SftConfig]):
             questions = [conversation.messages[0].text for conversation in asked]
             texts = [reply.shown for reply in replies]
             self.metrics.write_samples(step, dict(zip(questions, texts, strict=True)))
-
-
-def base_sha256(base: Checkpoint) -> str:
-    """Return the hash of a checkpoint's weights, as its checksums have it."""
-    world_size = base.state["world_size"]
-    path = storage.join(base.folder, f"checksums_00_of_{world_size:02d}.json")
-    return storage.read_json(path)["sha256"]["model.safetensors"]
