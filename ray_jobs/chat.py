@@ -36,6 +36,13 @@ class ChatConfig:
     max_new_tokens: int = 256
     """Tokens of an answer at most."""
 
+    def __post_init__(self) -> None:
+        from nanochat.config.training import below_least, not_rates
+        from nanochat.errors import ConfigError
+
+        if found := below_least(self, top_k=0, seed=0, max_new_tokens=1) + not_rates(self, "temperature"):
+            raise ConfigError(" ".join(found))
+
 
 def chat(config: ChatConfig) -> int:
     """Talk until the user leaves."""
@@ -72,7 +79,7 @@ def _run(config: ChatConfig) -> None:
                 command(session, line)
             elif line.strip():
                 say(session, line)
-        except ConfigError as err:
+        except (ConfigError, OSError) as err:
             print(err)
 
 
@@ -132,7 +139,7 @@ def command(session: Any, line: str) -> None:
         session.forget()
     elif name == "show":
         print(coloured(session.tokenizer, session.ids()))
-    elif name == "save" and value and session.turns:
+    elif name == "save" and value and session.conversation().messages:
         with open(value, "a", encoding="utf-8") as file:
             file.write(json.dumps(as_messages(session.conversation()), ensure_ascii=False) + "\n")
         print(f"added to {value}")

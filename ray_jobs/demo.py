@@ -29,8 +29,8 @@ class DemoConfig:
     """The dial; 4 layers train in minutes on two cores."""
     num_steps: int = 360
     """Steps of 4,096 tokens."""
-    sft_steps: int = 100
-    """Steps of fine-tuning, of 4,096 tokens."""
+    sft_steps: int = 200
+    """Steps of fine-tuning, of 2,048 tokens."""
     problems: int = 200
     """Problems of each task that the chat model is scored on."""
     identity: str | None = None
@@ -85,7 +85,8 @@ def demo_sft(config: DemoConfig) -> SftConfig:
     """Return the demo's fine-tuning: word problems with the calculator, a character, and spelling."""
     return SftConfig(
         mixture=("arithmetic*0.5", "identity*2", "spelling*0.5"), identity=config.identity, num_steps=config.sft_steps,
-        joined=0.3, evaluate_every=0, sample_every=50, checkpoint_every=50, log_every=5, chat_problems=16,
+        joined=0.2, global_batch_tokens=2048, evaluate_every=0, sample_every=100, checkpoint_every=100, log_every=10,
+        chat_problems=16,
     )  # fmt: skip
 
 

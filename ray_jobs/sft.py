@@ -49,7 +49,7 @@ def show_conversations(config: SftConfig, run_dir: str, count: int) -> None:
     tokenizer = Tokenizer.load(folder.tokenizer)
     mixture = load_mixture(MixtureSource.of(config, folder.tasks))
     for index in range(min(count, len(mixture))):
-        ids = render(tokenizer, mixture[index])
+        ids = render(tokenizer, mixture.joined(index))
         print(f"{coloured(tokenizer, ids)}\n-- {len(ids)} tokens\n")
 
 

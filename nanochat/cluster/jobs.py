@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -107,7 +108,7 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
     """
     folder = RunFolder(run_dir)
     tokenizer = Tokenizer.load(folder.tokenizer)
-    base = Checkpoint(storage.absolute(config.base)) if config.base else newest_of(folder.pretrain)
+    base = Checkpoint(str(named_model(run_dir, config.base or "pretrain").checkpoint))
     check_stage(folder.sft.root, {"sft": config})
     source = MixtureSource.of(config, folder.tasks)
     mixture = load_mixture(source)
@@ -147,6 +148,10 @@ def evaluate_models(
     gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
     actors = config.actors or max(1, gpus)
     models = [named_model(run_dir, name) for name in config.models]
+    trained = storage.read_json(path) if storage.exists(path := RunFolder(run_dir).sft.config) else {}
+    if config.identity is None and (character := trained.get("config", {}).get("sft", {}).get("identity")):
+        config = replace(config, identity=character)
+        terminal.line(f"identity   the character that was trained: {character}")
     if config.hf is not None:
         models.append(Model(storage.name_of(config.hf.rstrip("/")), None))
     run = RunContext(
@@ -167,8 +172,8 @@ def named_model(run_dir: str, name: str) -> Model:
         return Model(name, newest_of(stages[name]).folder)
     path = storage.absolute(name)
     if (problem := problem_with(path)) is not None:
-        raise CheckpointError(f"models={name}: {problem}. Name pretrain, sft, or a complete step_ folder.")
-    return Model("_".join(path.rstrip("/").split("/")[-3:]), path)
+        raise CheckpointError(f"checkpoint={name}: {problem}. Name pretrain, sft, or a complete step_ folder.")
+    return Model("_".join(part for part in path.rstrip("/").split("/")[-4:] if part != "checkpoints"), path)
 
 
 def newest_of(stage: StageFolder) -> Checkpoint:

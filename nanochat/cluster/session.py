@@ -124,7 +124,12 @@ def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], I
     """
 
     def apply_all(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        options = {"num_cpus": 0 if num_gpus else 0.5, "num_gpus": num_gpus, "max_restarts": 3, "max_task_retries": 3}
+        kind, each = ("GPU", num_gpus) if num_gpus else ("CPU", 0.5)
+        if actors * each > (have := ray.cluster_resources().get(kind, 0)):
+            raise ClusterError(
+                f"actors={actors}: need {actors * each:g} {kind}, the cluster has {have:g}. Use {int(have // each)}."
+            )
+        options = {"num_cpus": 0 if num_gpus else each, "num_gpus": num_gpus, "max_restarts": 3, "max_task_retries": 3}
         pool = [ray.remote(_Actor).options(**options).remote(fn) for _ in range(actors)]
         free = deque(pool)
         running: dict[Any, tuple[int, Any]] = {}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.config.training import below_least
+from nanochat.config.training import below_least, not_rates
 from nanochat.errors import ConfigError
 
 
@@ -24,7 +24,8 @@ class EvaluationConfig:
     bits_per_byte: bool = False
     """Also measure bits per byte on the run directory's validation shards."""
     max_per_task: int | None = None
-    """Score at most this many problems of each task, drawn by the seed; few-shot examples come from all of them."""
+    """Score at most this many problems of each task, drawn by the seed (CORE: the first of its own fixed shuffle);
+    few-shot examples come from all of them."""
     samples: int = 1
     """Replies to each problem; above 1, pass@k is reported for every power of two up to it, and needs a temperature."""
     temperature: float = 0.0
@@ -43,9 +44,12 @@ class EvaluationConfig:
     """Base URL to download tasks from, as MIRROR/TASK/FILE; none = their public homes."""
 
     def __post_init__(self) -> None:
-        found = below_least(self, max_per_task=1, samples=1, temperature=0, max_new_tokens=1, batch_tokens=1, actors=1)
+        found = below_least(self, max_per_task=1, samples=1, seed=0, max_new_tokens=1, batch_tokens=1, actors=1)
+        found += not_rates(self, "temperature")
         if self.samples > 1 and self.temperature == 0:
             found.append(f"samples={self.samples}: replies at temperature 0 are all the same. Set --temperature 1.")
+        if self.hf and not self.core:
+            found.append(f"hf={self.hf}: a transformers model is scored on CORE alone. Give a bundle with --core.")
         if not (self.models or self.hf):
             found.append("models=(): must name a model. For example sft.")
         if found:

@@ -86,7 +86,7 @@ def parse_conversation(value: object, where: str, *, answered: bool = True) -> C
         at = f"{where}: messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
         if number == 0 and role == "system":
-            system = _parts_of(message, at, "user")[0].text
+            system = "".join(part.text for part in _parts_of(message, at, "user"))
             continue
         expected = "assistant" if len(parsed) % 2 else "user"
         if role != expected:

@@ -7,7 +7,7 @@ compares ends of one context; schema compares contexts by one end; language mode
 
     centred = (accuracy - baseline) / (1 - baseline)
 
-Sources: DCLM, arXiv:2406.11794, section 3.5 and mlfoundations/dclm eval/; order, examples and prompts are those of
+Sources: DCLM, arXiv:2406.11794, and mlfoundations/dclm eval/; order, examples and prompts are those of
 karpathy/nanochat core_eval.py@92d63d4, whose scores the README compares with.
 Not covered: DCLM's 53-task EXTENDED metric, generated answers, categories within a task.
 """
@@ -182,7 +182,7 @@ def core_result(bundle: Bundle, outcomes: Mapping[str, Sequence[bool]]) -> dict[
     listed = len(bundle.tasks) + len(bundle.absent)
     errors = [task["stderr"] / (1 - task["baseline"]) for task in tasks.values()]
     return {
-        "title": "CORE" if len(tasks) == listed else f"CORE on {len(tasks)} of {listed} tasks",
+        "title": _title(len(tasks), max(listed, len(BASELINES_1)), tasks.values()),
         "value": sum(task["centered"] for task in tasks.values()) / len(tasks),
         "stderr": sum(error**2 for error in errors) ** 0.5 / len(tasks),
         "table_version": bundle.table_version,
@@ -190,6 +190,14 @@ def core_result(bundle: Bundle, outcomes: Mapping[str, Sequence[bool]]) -> dict[
         "samples": [label for label, task in tasks.items() if task["is_sample"]],
         "tasks": tasks,
     }
+
+
+def _title(scored: int, listed: int, tasks: Iterable[Mapping[str, Any]]) -> str:
+    """Return CORE where all of it was scored, else what it was on."""
+    limits = [f"{scored} of {listed} tasks"] if scored < listed else []
+    if any(task["n"] < task["rows"] or task["is_sample"] for task in tasks):
+        limits.append("a sample of the examples")
+    return "CORE" if not limits else f"CORE on {', '.join(limits)}"
 
 
 def load_bundle(folder: str) -> Bundle:

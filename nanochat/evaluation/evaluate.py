@@ -34,6 +34,8 @@ from nanochat.training.checkpoint import Checkpoint
 
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 """ChatCORE is the mean of their centred accuracies. Source: karpathy/nanochat chat_eval.py@92d63d4."""
+SETTINGS = ("max_per_task", "samples", "temperature", "max_new_tokens", "seed", "dtype")
+"""Of a config: kept beside each score; scores of different ones are no mean together."""
 PROBLEMS_OF_ITEM = 128
 ROWS_OF_BATCH = 16
 SHOWN_PROBLEMS = 6
@@ -68,6 +70,8 @@ class Evaluator:
     def __init__(self, config: EvaluationConfig, run: RunContext, run_dir: str, models: Sequence[Model]) -> None:
         self.config, self.run, self.folder = config, run, RunFolder(run_dir)
         self.models = {model.name: model for model in models}
+        if len(self.models) < len(models):
+            raise ConfigError(f"models={' '.join(config.models)}: two have the same name. Score them in two calls.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         run = replace(self.run, map=map, progress=RunContext.progress)
@@ -190,7 +194,8 @@ def results_of(evaluator: Evaluator, outcomes: dict[tuple[str, str], list[Any]])
         if kind == "bits_per_byte":
             results["bits_per_byte"] = bits_per_byte(sum(found[0::2]), sum(found[1::2]))
         elif kind == "chat":
-            results["chat"][label] = chat_score(evaluator.tasks[label], found, evaluator.config.samples)
+            score = chat_score(evaluator.tasks[label], found, evaluator.config.samples)
+            results["chat"][label] = score | {"settings": {name: getattr(evaluator.config, name) for name in SETTINGS}}
     return results
 
 
@@ -215,8 +220,12 @@ def chat_score(task: Task, verdicts: Sequence[Verdict], samples: int) -> dict[st
 
 
 def chat_core(scores: dict[str, Any]) -> dict[str, Any] | None:
-    """Return ChatCORE, the mean centred accuracy of its tasks, named by how many of them are there; None of none."""
+    """Return ChatCORE, the mean centred accuracy of its tasks, named by how many of them are there; None of none.
+
+    Only scores of the same settings as the last one are taken together.
+    """
     there = [scores[task] for task in CHAT_CORE if task in scores]
+    there = [score for score in there if score["settings"] == list(scores.values())[-1]["settings"]]
     if not there:
         return None
     title = "ChatCORE" if len(there) == len(CHAT_CORE) else f"ChatCORE on {len(there)} of {len(CHAT_CORE)} tasks"
@@ -236,7 +245,8 @@ def score_table(results: dict[str, dict[str, Any]]) -> list[str]:
             text = f"{score['accuracy']:.1%} +- {score['stderr']:.1%} (n={score['n']})"
             rows.setdefault(label, {})[name] = text
         for label, score in found.get("core", {}).get("tasks", {}).items():
-            rows.setdefault(f"core {label}", {})[name] = f"{score['accuracy']:.1%} +- {score['stderr']:.1%}"
+            text = f"{score['accuracy']:.1%} +- {score['stderr']:.1%} (n={score['n']})"
+            rows.setdefault(f"core {label}", {})[name] = text
         for score in (found.get("chat_core"), found.get("core")):
             if score is not None:
                 rows.setdefault(score["title"], {})[name] = f"{score['value']:.4f} +- {score['stderr']:.4f}"
@@ -261,7 +271,7 @@ def _keep(evaluator: Evaluator, name: str, results: dict[str, Any]) -> dict[str,
     before = storage.read_json(path) if storage.exists(path) else {}
     if any(before.get(key) != value for key, value in model.items()):
         before = {"chat": {}}
-    chat = before["chat"] | results["chat"]
+    chat = {label: score for label, score in before["chat"].items() if label not in results["chat"]} | results["chat"]
     kept = before | results | model | {"chat": chat, "chat_core": chat_core(chat), "config": asdict(evaluator.config)}
     storage.write_json(path, kept)
     return kept

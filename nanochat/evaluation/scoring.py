@@ -6,7 +6,7 @@ copied to each option, and only the options' own ends follow. The head runs at s
 one token after the shared ones, such as an answer's letter, is read off the prefix and costs nothing more.
 
 Shapes: B rows, T positions, C width, N scored tokens.
-Source of the comparison by mean nats: llm-foundry, as DCLM uses it (arXiv:2406.11794, appendix G).
+Source of the comparison by mean nats: llm-foundry, as DCLM (arXiv:2406.11794) uses it.
 Not covered: prefixes shared between groups.
 """
 

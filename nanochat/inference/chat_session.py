@@ -94,9 +94,12 @@ class ChatSession:
         return [self.tokenizer.bos, *(token for turn in self.turns for token in turn)]
 
     def conversation(self) -> Conversation:
-        """Return the conversation so far."""
-        messages = []
-        for number, turn in enumerate(self.turns):
-            parts = parse_parts(self.tokenizer, turn)
-            messages.append(Message("assistant" if number % 2 else "user", parts))
+        """Return the conversation so far, without calls that were stopped before their output and empty answers."""
+        messages: list[Message] = []
+        for question, reply in zip(self.turns[::2], self.turns[1::2], strict=True):
+            parts = parse_parts(self.tokenizer, reply)
+            while parts and (parts[-1].kind == "python" or not parts[-1].text.strip()):
+                parts = parts[:-1]
+            if parts:
+                messages += [Message("user", parse_parts(self.tokenizer, question)), Message("assistant", parts)]
         return Conversation(tuple(messages))

@@ -118,7 +118,7 @@ class Engine:
         """Forget a request, waiting or running; an unknown id is none."""
         self._waiting = deque(item for item in self._waiting if item[0] != id)
         if id in self._running:
-            self._release(self._running.pop(id))
+            self._release(self._running[id])
 
     @torch.no_grad()
     def step(self) -> list[Event]:
@@ -141,8 +141,8 @@ class Engine:
         cache.advance(lengths)
         last_BC = hidden_BTC[torch.arange(len(admitted)), torch.tensor(lengths) - 1]
         started = [_Running(id, request, self._free.pop()) for id, request in admitted]
+        self._running |= {running.id: running for running in started}  # first: an interrupt must not lose the slots
         self.cache.put([running.slot for running in started], cache)
-        self._running |= {running.id: running for running in started}
         return self._sample(started, last_BC)
 
     def _decode(self) -> list[Event]:
@@ -173,12 +173,13 @@ class Engine:
                 reason = "length"
             events.append(Event(one.id, token, reason))
             if reason is not None:
-                self._release(self._running.pop(one.id))
+                self._release(one)
         return events
 
     def _release(self, one: _Running) -> None:
-        self.cache.reset([one.slot])
+        del self._running[one.id]
         self._free.append(one.slot)
+        self.cache.reset([one.slot])
 
 
 def uniform(seed: int, position: int) -> float:

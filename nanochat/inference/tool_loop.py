@@ -63,10 +63,10 @@ class ToolLoop:
                 continue
             del self._turns[event.id]
             left = turn.request.max_new_tokens - len(turn.said)
-            is_call = event.finish_reason == "stop" and event.token == self._call_end and turn.calls < MAX_CALLS
+            is_call = event.token == self._call_end and event.token not in turn.request.stop_tokens
             output = self._output_of(turn.said) if is_call else []
-            if event.token in turn.request.stop_tokens or not is_call or len(output) >= left:
-                cut = is_call and event.token not in turn.request.stop_tokens
+            if not is_call or len(output) >= left or turn.calls == MAX_CALLS:
+                cut = is_call
                 events.append(replace(event, id=turn.id, finish_reason="length" if cut else event.finish_reason))
                 continue
             events.append(Event(turn.id, event.token))
@@ -87,7 +87,8 @@ class ToolLoop:
     def _output_of(self, said: list[int]) -> list[int]:
         """Return the ids of the result of the call that `said` ends with."""
         tokenizer, before = self.tokenizer, said[:-1]
-        start = len(before) - before[::-1].index(self._call_start) if self._call_start in before else len(before)
+        marks = [place for place, token in enumerate(before) if token >= tokenizer.bos]
+        start = marks[-1] + 1 if marks and before[marks[-1]] == self._call_start else len(before)
         call = tokenizer.decode([token for token in before[start:] if token < tokenizer.bos])
         result = self.tool(call) or NO_RESULT
         ids = tokenizer.encode_ordinary(result)

@@ -8,6 +8,7 @@ Not covered: a tone for other answers, facts that are asked for one by one.
 """
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,8 +80,9 @@ class IdentityTask(GeneratedTask):
         return Conversation(before + last.messages, last.facts)
 
     def reward(self, conversation: Conversation, reply: str) -> float:
-        """Return 1 if the reply contains what the intent needs, whatever the case, else 0."""
-        return float(conversation.facts["must_contain"].lower() in reply.lower())
+        """Return 1 if the reply contains what the intent needs, in whole words, whatever the case, else 0."""
+        needed = re.escape(conversation.facts["must_contain"])
+        return float(re.search(rf"(?<!\w){needed}(?!\w)", reply, re.IGNORECASE) is not None)
 
     def _trained(self, draws: Draws) -> Conversation:
         """Return one question of training and its answer."""

@@ -1,8 +1,9 @@
 """Tasks with epochs or shares to one shuffled list of conversations, the same on every machine.
 
 `gsm8k*4` takes every conversation four times, `smoltalk~0.5` as many as make up half of the whole. Only training splits
-may enter, and of those the conversations that `held_out` gives to validation stay out before anything is repeated. With
-`joined` a share of them goes on with another one, in the same conversation.
+may enter, and of those the conversations that `held_out` gives to validation stay out before anything is repeated, with
+every other that asks the same (of tasks of up to COMPARED conversations). With `joined` a share of them goes on with
+another one in the same conversation, where both fit into a row.
 """
 
 import functools
@@ -17,9 +18,11 @@ from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation
 from nanochat.errors import ConfigError
 from nanochat.tasks.registry import load_task
-from nanochat.tasks.task import Task, TaskFiles
+from nanochat.tasks.task import Selection, Task, TaskFiles
 
 VALIDATION_SHARE = 20
+COMPARED = 50_000
+"""Conversations of a task up to which each is compared with those held out: generated tasks repeat themselves."""
 _PART = re.compile(r"(?P<task>\w+)(=(?P<path>.+?))?(\*(?P<epochs>[0-9.]+)|~(?P<share>[0-9.]+))?")
 
 
@@ -102,8 +105,9 @@ class Mixture(Sequence[Conversation]):
                 )
             count = max(1, min(source.validation_conversations, len(task) // VALIDATION_SHARE))
             shuffled = task.shuffled(source.seed)
-            kept.append(shuffled[: len(task) - count])
-            self.held_out.append(shuffled[len(task) - count :])
+            held_out = shuffled[len(task) - count :]
+            kept.append(_without_questions_of(held_out, shuffled[: len(task) - count]))
+            self.held_out.append(held_out)
         self.tasks = kept
         self._places = _places([len(task) for task in kept], source)
         draws = np.random.PCG64(np.random.SeedSequence([source.seed, 1])).random_raw(2 * len(self._places))
@@ -114,12 +118,13 @@ class Mixture(Sequence[Conversation]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
-        first, follows = self._single(index), int(self._next[index])
-        return first if follows < 0 else Conversation(first.messages + self._single(follows).messages)
-
-    def _single(self, index: int) -> Conversation:
         part, place = self._places[index].tolist()
         return self.tasks[part][place]
+
+    def joined(self, index: int) -> Conversation:
+        """Return a conversation with the one that it goes on with, if it does."""
+        first, follows = self[index], int(self._next[index])
+        return first if follows < 0 else Conversation(first.messages + self[follows].messages, first.facts)
 
     def validation(self) -> list[Conversation]:
         """Return the conversations held out, task by task."""
@@ -136,7 +141,21 @@ class Mixture(Sequence[Conversation]):
     def counts(self) -> dict[str, int]:
         """Return how many conversations of each task are in the mixture, repetitions counted."""
         parts = np.bincount(self._places[:, 0], minlength=len(self.tasks)).tolist()
-        return {task.name: count for task, count in zip(self.tasks, parts, strict=True)}
+        totals: dict[str, int] = {}
+        for task, count in zip(self.tasks, parts, strict=True):
+            totals[task.name] = totals.get(task.name, 0) + count
+        return totals
+
+
+def _without_questions_of(held_out: Task, task: Task) -> Task:
+    """Leave out the conversations whose last question is held out."""
+    if len(task) > COMPARED:
+        return task
+    asked = {conversation.messages[-2].text.casefold() for conversation in held_out}
+    indices = [index for index, one in enumerate(task) if one.messages[-2].text.casefold() not in asked]
+    if not indices:
+        raise ConfigError(f"mixture={task.name}: asks nothing but what is held out from it. Add other conversations.")
+    return Selection(task, indices)
 
 
 def _places(sizes: Sequence[int], source: MixtureSource) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanochat import storage
-from nanochat.data.conversations import Conversation, as_messages, render, supervised
+from nanochat.data.conversations import as_messages, render, supervised
 from nanochat.data.packing import Packer
 from nanochat.data.token_shards import (
     MANIFEST,
@@ -81,17 +81,21 @@ def write_mixture_shards(
 
 def _pack_part(source: MixtureSource, recipe: PackRecipe, tokenizer: Tokenizer, folder: str, part: _Part) -> TokenShard:
     """Pack one part, unless it was packed from the same conversations before."""
-    mixture = load_mixture(source)
-    chosen: Sequence[Conversation] = mixture if part.split == "train" else mixture.validation()
-    conversations = [chosen[index] for index in range(part.first, part.last)]
+    mixture, places = load_mixture(source), range(part.first, part.last)
+    if part.split == "train":
+        alternatives = [(mixture.joined(index), mixture[index]) for index in places]
+    else:
+        held_out = mixture.validation()
+        alternatives = [(held_out[index],) for index in places]
     path = storage.join(folder, part.name)
-    sha256 = storage.sha256_json([as_messages(conversation) for conversation in conversations])
+    sha256 = storage.sha256_json([as_messages(conversation) for listed in alternatives for conversation in listed])
     done = finished(path, recipe, part.name, sha256)
     if done is not None:
         return done
     storage.remove(f"{path}.json")
-    rendered = [render(tokenizer, conversation) for conversation in conversations]
-    fitting = [ids for ids in rendered if len(ids) <= recipe.sequence_len + 1]
+    rendered = [[render(tokenizer, conversation) for conversation in listed] for listed in alternatives]
+    firsts = [next((ids for ids in listed if len(ids) <= recipe.sequence_len + 1), None) for listed in rendered]
+    fitting = [ids for ids in firsts if ids is not None]
     packer = Packer(
         row_tokens=recipe.sequence_len + 1, bos=recipe.bos, dtype=stored_dtype(recipe),
         buffer_documents=recipe.buffer_documents, block_rows=recipe.group_rows, splits=False,

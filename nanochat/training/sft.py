@@ -152,6 +152,6 @@ class FineTuning(TrainingLoop[SftConfig]):
             asked: list[Conversation] = [exchange(question, "") for question in SAMPLE_QUESTIONS]
             asked += [task[0] for task in self.held_out]
             replies = answer(model, self.tokenizer, asked, max_new_tokens=self.config.sample_tokens)
-            questions = [conversation.messages[0].text for conversation in asked]
+            questions = [conversation.messages[-2].text for conversation in asked]
             texts = [reply.shown for reply in replies]
             self.metrics.write_samples(step, dict(zip(questions, texts, strict=True)))

@@ -17,6 +17,7 @@ from test_pretraining import TINY, assert_same_run, losses, notes_of
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.sft import SftConfig
+from nanochat.errors import ClusterError
 from nanochat.evaluation.evaluate import Evaluator, Item, Model, evaluate
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder, read_jsonl
@@ -142,6 +143,17 @@ def scores(found: dict) -> dict:
     }
 
 
+def write_bundle(folder: Path) -> str:
+    """An evaluation bundle of one task of thirty questions."""
+    task = "label: letters, dataset_uri: local_data/x.jsonl, num_fewshot: [2], icl_task_type: multiple_choice"
+    (folder / "eval_data").mkdir(parents=True)
+    (folder / "tasks.yaml").write_text(f"icl_tasks:\n- {{{task}}}\n")
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nletters,50\n")
+    rows = [{"query": f"{n} " + "x" * (n % 7), "choices": ["red", "a blue one"], "gold": n % 2} for n in range(30)]
+    (folder / "eval_data" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
 def test_neither_actors_nor_their_deaths_change_a_score(ray_session, run_dir, tmp_path, monkeypatch):
     from nanochat.cluster.jobs import newest_of
     from nanochat.cluster.session import actor_map
@@ -151,7 +163,7 @@ def test_neither_actors_nor_their_deaths_change_a_score(ray_session, run_dir, tm
     monkeypatch.setattr(stage, "PROBLEMS_OF_ITEM", 20)
     config = EvaluationConfig(
         models=("pretrain",), tasks=("spelling", "identity"), max_per_task=45, max_new_tokens=12, bits_per_byte=True,
-        samples=2, temperature=1.0, dtype="float32",
+        samples=2, temperature=1.0, dtype="float32", core=write_bundle(tmp_path / "bundle"),
     )  # fmt: skip
     models = [Model("pretrain", newest_of(RunFolder(str(run_dir)).pretrain).folder)]
 
@@ -165,12 +177,16 @@ def test_neither_actors_nor_their_deaths_change_a_score(ray_session, run_dir, tm
     two = result_of(RunContext(use_gpu=False, map=actor_map(2, 0.0)))
     (tmp_path / "marks").mkdir()
     dying = result_of(RunContext(use_gpu=False, map=actor_map(2, 0.0)), DyingEvaluator)
-    assert len(list((tmp_path / "marks").iterdir())) == 4 + 1, "an actor died in the first and second item of each task"
+    assert len(list((tmp_path / "marks").iterdir())) == 6 + 1, "one died in the first and second item of each task"
     assert alone == one == two == dying
     found = alone["pretrain"]
     assert found["chat"]["spelling"]["n"] == 45
     assert 0 <= found["chat"]["identity"]["pass_at_1"] <= found["chat"]["identity"]["pass_at_2"] <= 1
     assert 1 < found["bits_per_byte"] < 10
+    letters = found["core"]["tasks"]["letters"]
+    assert letters["n"] == 30
+    assert letters["centered"] == pytest.approx((letters["accuracy"] - 0.5) / 0.5)
+    assert found["core"]["title"] == "CORE on 1 of 22 tasks"
     assert torch.isfinite(torch.tensor(found["bits_per_byte"]))
 
 
@@ -187,3 +203,5 @@ def test_an_error_in_an_item_comes_out_as_it_was(ray_session):
         list(actor_map(2, 0.0)(fails, range(6)))
     assert "in an actor" in caught.value.__notes__[0]
     assert list(actor_map(2, 0.0)(abs, [-3, 2, -1])) == [3, 2, 1]
+    with pytest.raises(ClusterError, match=r"actors=99: need 49.5 CPU, the cluster has \d+. Use \d+"):
+        list(actor_map(99, 0.0)(abs, [1]))

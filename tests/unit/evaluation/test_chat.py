@@ -124,7 +124,7 @@ def test_scores_are_counted_as_by_hand():
 
 
 def test_chat_core_is_the_mean_of_centred_scores_and_says_how_many():
-    score = {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.25, "centered": 1 / 3}
+    score = {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.25, "centered": 1 / 3, "settings": {"seed": 0}}
     assert chat_core({"arithmetic": score}) is None
     found = chat_core({"gsm8k": score, "mmlu": score | {"centered": 0.0}, "arithmetic": score})
     assert found["title"] == "ChatCORE on 2 of 6 tasks"
@@ -132,6 +132,8 @@ def test_chat_core_is_the_mean_of_centred_scores_and_says_how_many():
     assert found["stderr"] == pytest.approx((2 * (0.25 / 0.75) ** 2) ** 0.5 / 2)
     names = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
     assert chat_core(dict.fromkeys(names, score))["title"] == "ChatCORE"
+    other = score | {"settings": {"seed": 1}}
+    assert chat_core({"gsm8k": score, "mmlu": other, "arc_easy": other})["title"] == "ChatCORE on 2 of 6 tasks"
 
 
 def test_the_table_has_n_and_error_of_every_score():

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import DataError
 from nanochat.evaluation.core import (
     BASELINES_1,
+    Bundle,
     CoreTask,
     WorkItem,
     core_result,
@@ -179,7 +181,7 @@ def test_outcomes_do_not_depend_on_the_cut(bundle, monkeypatch):
 def test_the_result_by_hand(bundle):
     outcomes = {"colours": [True, True, True, False], "pronouns": [False] * 4, "counting": [True, False]}
     result = core_result(bundle, outcomes)
-    assert (result["title"], result["table_version"]) == ("CORE on 3 of 4 tasks", "own")
+    assert (result["title"], result["table_version"]) == ("CORE on 3 of 22 tasks, a sample of the examples", "own")
     assert (result["absent"], result["samples"]) == (["lost"], ["pronouns"])
     colours = result["tasks"]["colours"]
     assert colours == {
@@ -198,12 +200,25 @@ def test_the_result_by_hand(bundle):
 def test_only_all_tasks_are_core(bundle, tmp_path):
     some = {"colours": [True], "pronouns": []}
     result = core_result(bundle, some)
-    assert (result["title"], result["absent"]) == ("CORE on 1 of 4 tasks", ["pronouns", "counting", "lost"])
+    assert (result["title"], result["absent"]) == (
+        "CORE on 1 of 22 tasks, a sample of the examples",
+        ["pronouns", "counting", "lost"],
+    )
     with pytest.raises(DataError, match="no result"):
         core_result(bundle, {})
-    (tmp_path / "eval_data/b/lost.jsonl").write_text(json.dumps(SCHEMA_ROWS[0]))
-    bundle = load_bundle(str(tmp_path))
-    assert core_result(bundle, {label: [True] for label in bundle.tasks})["title"] == "CORE"
+    whole = replace(bundle.tasks["colours"], is_sample=False)
+    tasks = {f"task_{number}": replace(whole, label=f"task_{number}") for number in range(22)}
+    outcomes = {label: [True] * len(whole.rows) for label in tasks}
+    all_of_it = Bundle("x", tasks, (), "own")
+    assert core_result(all_of_it, outcomes)["title"] == "CORE"
+    assert core_result(all_of_it, outcomes | {"task_3": [True]})["title"] == "CORE on a sample of the examples"
+    del outcomes["task_3"]
+    assert core_result(all_of_it, outcomes)["title"] == "CORE on 21 of 22 tasks"
+    short = Bundle("x", {"task_0": tasks["task_0"]}, (), "own")
+    assert core_result(short, outcomes)["title"] == "CORE on 1 of 22 tasks", "a bundle that lists less is not CORE"
+    sampled = Bundle("x", tasks | {"task_3": replace(whole, is_sample=True)}, (), "own")
+    outcomes["task_3"] = outcomes["task_0"]
+    assert core_result(sampled, outcomes)["title"] == "CORE on a sample of the examples"
 
 
 def test_the_larger_sample_is_taken_and_the_whole_file_before_any(tmp_path):
@@ -313,7 +328,7 @@ def test_a_random_player_is_at_chance_on_every_task(core):
         for label, task in core.tasks.items()
     }
     result = core_result(core, outcomes)
-    assert result["title"] == "CORE on 20 of 22 tasks"
+    assert result["title"] == "CORE on 20 of 22 tasks, a sample of the examples"
     for label, found in result["tasks"].items():
         task = core.tasks[label]
         if task.kind == "language_modeling":

@@ -19,7 +19,8 @@ def evaluator(run_dir, weights: str = "a", **changes) -> Evaluator:
 
 
 def score(centered: float) -> dict:
-    return {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.0, "centered": centered, "examples": {}}
+    return {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.0, "centered": centered, "examples": {},
+            "settings": {}}  # fmt: skip
 
 
 def test_scores_of_the_same_weights_add_up_and_of_others_replace_them(tmp_path):

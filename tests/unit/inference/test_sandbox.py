@@ -358,6 +358,7 @@ def test_the_network_is_closed():
         refused(
             f"import socket; socket.create_connection({address!r}).send(b'x')",
             *(f"import socket; socket.socket(socket.{family})" for family in families),
+            "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
         )
         server.settimeout(0)
         with pytest.raises(BlockingIOError):

@@ -102,7 +102,7 @@ def test_answers_say_what_was_asked_and_others_do_not(train, test):
         assert task.reward(conversation, "I do not know.") == task.reward(conversation, "") == 0.0
     assert Counter(conversation.facts["must_contain"] for conversation in test[:42]) == {
         "nanochat": 21,
-        "the nanochat on Ray project": 7,
+        "a few curious engineers": 7,
         "a small language model": 7,
         "chat and solve small problems with a calculator": 7,
     }

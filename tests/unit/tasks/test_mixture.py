@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,19 +111,52 @@ def test_the_order_is_a_shuffle_that_follows_from_the_seed(seed, sizes):
 
 @pytest.mark.parametrize("joined", [0.0, 0.25, 1.0])
 def test_a_share_goes_on_with_another_conversation_of_the_mixture(joined):
-    mixture = mixed((1000, MixturePart(task="a")), (1000, MixturePart(task="b")), joined=joined)
-    plain = mixed((1000, MixturePart(task="a")), (1000, MixturePart(task="b")))
-    turns = [len(conversation.messages) // 2 for conversation in mixture]
+    tasks = ((1000, MixturePart(task="a")), (1000, MixturePart(task="b")))
+    mixture, again = mixed(*tasks, joined=joined), mixed(*tasks, joined=joined)
+    whole = [mixture.joined(index) for index in range(len(mixture))]
+    turns = [len(conversation.messages) // 2 for conversation in whole]
     assert turns.count(2) == pytest.approx(joined * len(mixture), abs=100 if 0 < joined < 1 else 0)
-    assert questions(mixture) == questions(plain), "the first of them stays"
-    held_out = set(questions(mixture.validation()))
-    seconds = [conversation.messages[2].text for conversation in mixture if len(conversation.messages) > 2]
-    assert not held_out & set(seconds)
+    assert questions(whole) == questions(mixture) == questions(mixed(*tasks)), "the first of them stays"
+    seconds = [conversation.messages[2].text for conversation in whole if len(conversation.messages) > 2]
+    assert not set(questions(mixture.validation())) & set(seconds)
     if seconds:
         assert 0.35 < sum(second.startswith("a") for second in seconds) / len(seconds) < 0.65
         assert len(set(seconds)) > 0.5 * len(seconds)
-    assert [c.messages for c in mixture] == [c.messages for c in mixed(
-        (1000, MixturePart(task="a")), (1000, MixturePart(task="b")), joined=joined)]  # fmt: skip
+    assert whole == [again.joined(index) for index in range(len(again))]
+
+
+def test_a_pair_that_does_not_fit_a_row_leaves_the_first_alone(tmp_path):
+    lines = [turn(f"q{number}", "y" * (10 + number % 50)) for number in range(100)]
+    mixture_source = replace(write(tmp_path / "c.jsonl", lines), joined=1.0)
+    shards = write_mixture_shards(mixture_source, RunContext(), TOKENIZER, 80, str(tmp_path / "shards"))
+    assert sum(shard.documents for shard in shards.split("train")) == 95
+    assert sum(shard.skipped["longer_than_a_row"] for shard in shards.shards) == 0
+    starts = (rows_of(shards, "train") == TOKENIZER.special("<|user_start|>")).sum()
+    assert 95 + 10 < starts < 2 * 95, "some pairs fit, some do not"
+
+
+class Repeating(Numbers):
+    """Asks ten questions again and again."""
+
+    def conversation(self, index: int):
+        return exchange(f"{self.name} {index % 10}", f"yes {index}")
+
+
+def test_a_question_that_is_held_out_is_asked_nowhere_else():
+    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=3), [Repeating("a", 200)])
+    held_out = set(questions(mixture.validation()))
+    assert 1 <= len(held_out) <= 3
+    assert not held_out & set(questions(mixture))
+    assert len(set(questions(mixture))) == 10 - len(held_out)
+    with pytest.raises(ConfigError, match="asks nothing but what is held out"):
+        Mixture(source(MixturePart(task="a")), [SameQuestion("a", 40)])
+
+
+class SameQuestion(Numbers):
+    """Asks one question."""
+
+    def conversation(self, index: int):
+        return exchange("the same", f"{index}")
 
 
 def test_tasks_are_spread_through_the_whole():

@@ -223,7 +223,7 @@ def test_it_begins_with_the_base_models_weights_and_moments(new_run, base):
 def test_it_learns_to_answer_and_is_scored_on_the_way(new_run):
     run = new_run()
     run.conversations.write_text(
-        "".join(json.dumps({"messages": [{"role": "user", "content": "x" * (1 + n % 30)},
+        "".join(json.dumps({"messages": [{"role": "user", "content": f"{n} x"},
                                          {"role": "assistant", "content": "yes"}]}) + "\n" for n in range(80))
     )  # fmt: skip
     checkpoint = run(run.config(num_steps=40, matrix_lr=2.0, embedding_lr=30.0, evaluate_every=20, sample_every=40))
