@@ -71,7 +71,7 @@ def _run(config: ChatConfig) -> None:
             print("\n(Ctrl-D or /quit leaves)")
             continue
         if not interactive:
-            print(f"> {line}")
+            print(f"> {line[:200]}")
         try:
             if line.strip() in ("/quit", "/exit"):
                 return

@@ -229,7 +229,7 @@ class _MetricsView:
         size = storage.size_bytes(self.folder.metrics) if storage.exists(self.folder.metrics) else 0
         if size == self._seen and not at_once:
             if any("starts at step" in note for note in new):
-                self.terminal.live("           compiling kernels: about a minute, the first time")
+                self.terminal.live("           first step; where kernels are compiled, about a minute the first time")
             return
         self._seen = size
         records = storage.read_jsonl(self.folder.metrics)

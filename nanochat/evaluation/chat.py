@@ -1,9 +1,9 @@
 """Problems to verdicts: a model replies and the task judges the text, or it chooses among the answer letters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nanochat.data.conversations import Conversation, parse_parts, render_prompt
+from nanochat.data.conversations import Conversation, Part, parse_parts, render_prompt
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.evaluation.scoring import GPTScorer, Option
 from nanochat.inference.engine import Completion, Engine, Request, complete
@@ -77,9 +77,13 @@ def read_reply(tokenizer: Tokenizer, completion: Completion | None) -> Reply:
         return Reply("", "", False)
     parts = parse_parts(tokenizer, completion.tokens)
     text = "".join(part.text for part in parts if part.kind == "text")
-    marks = {"text": "{}", "python": "[{} = ", "python_output": "{}]"}
-    shown = "".join(marks[part.kind].format(part.text) for part in parts)
-    return Reply(text, shown, completion.finish_reason == "stop")
+    return Reply(text, shown(parts), completion.finish_reason == "stop")
+
+
+def shown(parts: Iterable[Part]) -> str:
+    """Return parts for a person: calls of the calculator as [call = result]."""
+    around = {"text": ("", ""), "python": ("[", " = "), "python_output": ("", "]")}
+    return "".join(around[part.kind][0] + part.text + around[part.kind][1] for part in parts)
 
 
 def judge(
@@ -108,7 +112,7 @@ def judge(
     )  # fmt: skip
     return [
         Verdict(
-            index, conversation.messages[-2].text, conversation.messages[-1].text, reply.shown,
+            index, conversation.messages[-2].text, shown(conversation.messages[-1].parts), reply.shown,
             task.evaluate(conversation, reply.text),
         )
         for (index, _), conversation, reply in zip(repeated, asked, replies, strict=True)

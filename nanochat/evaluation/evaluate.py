@@ -266,11 +266,13 @@ def _keep(evaluator: Evaluator, name: str, results: dict[str, Any]) -> dict[str,
     """Add results to what evaluation/MODEL.json has of the same weights, and return it all."""
     path = storage.join(evaluator.folder.evaluation.root, f"{name}.json")
     checkpoint = evaluator.models[name].checkpoint
-    model = {"checkpoint": checkpoint or evaluator.config.hf}
-    model["weights"] = Checkpoint(checkpoint).weights_sha256 if checkpoint else None
+    model = {"weights": Checkpoint(checkpoint).weights_sha256 if checkpoint else evaluator.config.hf}
     before = storage.read_json(path) if storage.exists(path) else {}
-    if any(before.get(key) != value for key, value in model.items()):
+    if before.get("weights") != model["weights"]:
+        if before:
+            evaluator.run.progress(f"{path}: earlier scores were of other weights, and go")
         before = {"chat": {}}
+    model["checkpoint"] = checkpoint or evaluator.config.hf
     chat = {label: score for label, score in before["chat"].items() if label not in results["chat"]} | results["chat"]
     kept = before | results | model | {"chat": chat, "chat_core": chat_core(chat), "config": asdict(evaluator.config)}
     storage.write_json(path, kept)
