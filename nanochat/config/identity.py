@@ -30,5 +30,6 @@ def refuse_other_identity(before: dict[str, Any], now: dict[str, Any], folder: s
     if changed:
         raise ConfigError(
             f"{', '.join(changed)}: {folder} holds a run with other values. "
-            "Use the old values to resume it; to start anew delete that folder, or use another --run-dir (make: RUN_DIR=...)."
+            "Use the old values to resume it. To start anew delete that folder, or use another --run-dir "
+            "(make: RUN_DIR=...)."
         )

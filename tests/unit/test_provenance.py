@@ -50,7 +50,8 @@ def test_another_identity_is_refused_with_the_difference_and_nothing_is_written(
         begin_stage(folder, {"pretrain": replace(CONFIG, depth=6, matrix_lr=0.03, log_every=1)})
     assert str(raised.value) == (
         f"pretrain.depth=6 (was 4), pretrain.matrix_lr=0.03 (was 0.02): {folder} holds a run with other values. "
-        "Use the old values to resume it, or another --run-dir (make: RUN_DIR=...) to start anew."
+        "Use the old values to resume it. To start anew delete that folder, or use another --run-dir "
+        "(make: RUN_DIR=...)."
     )
     assert storage.read_json(storage.join(folder, "config.json")) == before
 
