@@ -18,7 +18,7 @@ import ray.data
 
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
-from nanochat.errors import ClusterError
+from nanochat.errors import ClusterError, excerpt
 from nanochat.run_context import RunContext
 
 LOCAL_MIN_CPUS = 4
@@ -152,7 +152,9 @@ def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], I
         except ray.exceptions.RayTaskError as err:
             raise with_story(err.cause, "in an actor", str(err)) from None
         except ray.exceptions.RayActorError as err:
-            raise ClusterError(f"actors: one died more than three times ({err}). Look into Ray's log for why.") from err
+            raise ClusterError(
+                f"actors: one died more than three times ({excerpt(err)}). Look into Ray's log for why."
+            ) from err
         finally:
             for actor in pool:
                 ray.kill(actor)

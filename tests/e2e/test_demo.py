@@ -122,7 +122,7 @@ def assert_the_model_can_be_talked_to(run_dir: Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert lost.returncode == 2
-    assert "models=nothing: state.json is missing. Name pretrain, sft, or a complete step_ folder." in lost.stderr
+    assert "checkpoint=nothing: state.json is missing. Name pretrain, sft, or a complete step_ folder." in lost.stderr
 
 
 def test_the_streaming_benchmark_writes_its_numbers(text, tmp_path):

@@ -124,7 +124,7 @@ class DyingEvaluator(Evaluator):
     def __call__(self, item: Item):
         mark = self.marks / f"{item.task}_{item.first}"
         result = super().__call__(item)
-        if item.first in (0, 20) and not mark.exists():
+        if item.first == 20 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return result
@@ -177,7 +177,7 @@ def test_neither_actors_nor_their_deaths_change_a_score(ray_session, run_dir, tm
     two = result_of(RunContext(use_gpu=False, map=actor_map(2, 0.0)))
     (tmp_path / "marks").mkdir()
     dying = result_of(RunContext(use_gpu=False, map=actor_map(2, 0.0)), DyingEvaluator)
-    assert len(list((tmp_path / "marks").iterdir())) == 6 + 1, "one died in the first and second item of each task"
+    assert len(list((tmp_path / "marks").iterdir())) == 3, "one died in the second item of each task"
     assert alone == one == two == dying
     found = alone["pretrain"]
     assert found["chat"]["spelling"]["n"] == 45
