@@ -9,7 +9,7 @@ Covered, on Linux:
 - processes and threads (cannot be started), other programs (cannot be run), signals to other processes;
 - memory, processor time, wall-clock time, open files, sizes of files and of the directory, output: bounded;
 - environment, open files, standard input of the caller: not passed on. As root, a user of its own runs the code;
-- network, and local sockets: none (seccomp, on x86_64 and aarch64; `network_is_isolated` tells);
+- network and local sockets, so event loops of asyncio, too: none (seccomp, x86_64 and aarch64; `network_is_isolated`);
 - files outside the directory: not opened, made or deleted (Landlock, Linux 5.13 and later), but for reading libraries.
 What a kernel does not offer is logged once. Without Landlock the code has the file rights of its user (as root: of
 that user of its own, who can read what all can read, and write to /tmp); without seccomp it has the network, and an
