@@ -1,9 +1,11 @@
 """CORE against a second implementation (naive_core.py): prompts, spans, mean nats and verdicts of single examples."""
 
+import dataclasses
+
 import pytest
 import rustbpe
 import torch
-from naive_core import gpt_forward, naive_is_right, naive_prompts, naive_scores, naive_spans, randomise
+from naive_core import gpt_forward, naive_choice, naive_is_right, naive_prompts, naive_scores, naive_spans, randomise
 from small_bundle import write_bundle
 
 from nanochat.config.model import ModelConfig
@@ -48,6 +50,10 @@ def compare(bundle, task: CoreTask, scorer: GPTScorer, count: int) -> list[bool]
         expected = naive_scores(forward, spans)
         assert [score.mean_nats for score in scores[index]] == pytest.approx([nats for nats, _ in expected], abs=1e-4)
         assert [score.is_greedy for score in scores[index]] == [greedy for _, greedy in expected]
+        if task.kind != "language_modeling":
+            asked = [dataclasses.replace(task, rows=(task.rows[index] | {"gold": gold},)) for gold in range(len(texts))]
+            chosen = [gold for gold, one in enumerate(asked) if one.is_right(0, scores[index])]
+            assert chosen == [naive_choice(expected)]
         verdicts.append(naive_is_right(task.kind, task.rows[index], expected))
     assert score_examples(bundle, WorkItem(task.label, 0, count), scorer) == verdicts
     return verdicts

@@ -1,6 +1,10 @@
 """A tiny random GPT-2 through the harness, against transformers alone, one option at a time."""
 
+import json
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +120,26 @@ def test_what_is_no_model_is_refused_without_asking_a_server(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ConfigError, match="is no model on this disk"):
         HFScorer(str(tmp_path))
+
+
+def one_more_layer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "is no model on this disk"),
+        (lambda f: os.truncate(f / "model.safetensors", 20_000), "is no model on this disk"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "is no model on this disk"),
+        (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "lacks weights or a tokenizer. Fetch all files"),
+        (one_more_layer, "lacks weights or a tokenizer. Fetch all files"),
+    ],
+)
+def test_half_a_model_is_refused(folder, tmp_path, damage, message):
+    """Of a lost file transformers makes a tokenizer without tokens, or a layer of random weights."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(ConfigError, match=message):
+        HFScorer(str(copy))
