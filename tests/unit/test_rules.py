@@ -19,7 +19,7 @@ LIBRARY = sorted((ROOT / "nanochat").rglob("*.py"))
 JOBS = sorted((ROOT / "ray_jobs").glob("*.py"))
 WALK = ("data", "model", "training", "inference", "serving")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MAX_CODE_LINES, MAX_WALK_LINES = 9_000, 5_000
+MAX_CODE_LINES, MAX_WALK_LINES = 8_000, 5_000
 BANNED = ("utils", "common", "helpers", "misc", "base", "manager", "handler")
 
 
@@ -125,13 +125,18 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - first + 1 <= MAX_FUNCTION_LINES, node.name
 
 
+def lines_of_code() -> dict[Path, int]:
+    return {path: code_lines(path.read_text(encoding="utf-8")) for path in LIBRARY + JOBS}
+
+
+@pytest.mark.xfail(reason="about 8,500 lines since fine-tuning came: to be cut, or the design's bound is set anew")
 def test_the_whole_is_short():
-    lines = {path: code_lines(path.read_text(encoding="utf-8")) for path in LIBRARY + JOBS}
-    total = sum(lines.values())
-    walk = sum(count for path, count in lines.items() if path in LIBRARY and package_of(path) in WALK)
-    print(f"{total} lines of code, {walk} of them in the walk")
-    assert 1_000 < total <= MAX_CODE_LINES
-    assert walk <= MAX_WALK_LINES
+    assert 1_000 < sum(lines_of_code().values()) <= MAX_CODE_LINES
+
+
+def test_the_walk_is_short():
+    walk = sum(count for path, count in lines_of_code().items() if path in LIBRARY and package_of(path) in WALK)
+    assert 1_000 < walk <= MAX_WALK_LINES
 
 
 def public_definitions(body: list[ast.stmt], prefix: str = "") -> list[tuple[str, ast.AST]]:
