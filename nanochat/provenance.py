@@ -6,6 +6,7 @@ Running the same command again resumes; other values of an identity field are re
 import dataclasses
 import importlib.metadata
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from nanochat.config.identity import identity_fields, refuse_other_identity
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "tiktoken", "rustbpe", "safetensors")
 
 
-def begin_stage(folder: str, configs: dict[str, Any], resolved: dict[str, Any] | None = None) -> None:
+def begin_stage(
+    folder: str, configs: dict[str, Any], resolved: dict[str, Any] | None = None, files: Sequence[str] = ()
+) -> None:
     """Write `folder`/config.json from named config dataclasses, or check that the folder's has the same identity.
 
-    Raises: ConfigError naming each identity field that differs.
+    Raises: ConfigError as `check_stage`.
     """
     record = {
-        "identity": check_stage(folder, configs),
+        "identity": check_stage(folder, configs, files),
         "config": {name: dataclasses.asdict(config) for name, config in configs.items()},
         "resolved": resolved or {},
         "versions": {"nanochat": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -30,14 +33,15 @@ def begin_stage(folder: str, configs: dict[str, Any], resolved: dict[str, Any] |
     storage.write_json(_config_in(folder), record)
 
 
-def check_stage(folder: str, configs: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity of named config dataclasses, the folder's if it has one; nothing is written.
+def check_stage(folder: str, configs: dict[str, Any], files: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the identity of named config dataclasses and of files' content, the folder's if it has one.
 
-    Raises: ConfigError naming each identity field that differs.
+    Nothing is written. Raises: ConfigError naming each identity field and file that differs.
     """
     identity = {
         f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()
     }
+    identity |= {f"sha256 of {path}": storage.sha256_file(path)[:16] for path in files}
     if storage.exists(path := _config_in(folder)):
         refuse_other_identity(storage.read_json(path)["identity"], identity, folder)
     return identity

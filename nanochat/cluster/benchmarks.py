@@ -20,7 +20,7 @@ import torch
 from nanochat import storage
 from nanochat.cluster.session import ray_context
 from nanochat.cluster.stream import StreamSpec, steps_of
-from nanochat.cluster.trainer import TrainJob, compile_cache, inputs_of, pretrain_on_ray, worker_context
+from nanochat.cluster.trainer import TrainJob, compile_cache, inputs_of, train_on_ray, worker_context
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig
@@ -147,7 +147,10 @@ def measure_training(
     plain = subprocess.Popen([sys.executable, "-m", "nanochat.cluster.benchmarks", root], env=environment)
     try:
         start_s = time.time()
-        pretrain_on_ray(config, cluster, shards, folder.tokenizer, folder.pretrain, lambda: None, _turn_taking_worker)
+        plan = resolve(config, 8192, shards.sequence_len)
+        train_on_ray(
+            config, plan, cluster, shards, folder.tokenizer, folder.pretrain, lambda: None, _turn_taking_worker
+        )  # fmt: skip
     finally:
         Path(turns, "done").touch()
         if plain.wait(timeout=120) != 0:

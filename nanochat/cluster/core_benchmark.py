@@ -14,15 +14,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from nanochat.cluster.jobs import newest_of
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import CheckpointError
 from nanochat.evaluation.core import load_bundle
 from nanochat.evaluation.scoring import GPTScorer, Group, cropped
 from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
-from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, step_folder
 
 WARM_UP_EXAMPLES = 4
 Dtype = Literal["bfloat16", "float32"]
@@ -41,11 +40,7 @@ def measure_core(
     Raises: CheckpointError or DataError if a part of the run or the bundle is missing.
     """
     folder = RunFolder(run_dir)
-    tokenizer, checkpoints = Tokenizer.load(folder.tokenizer), folder.pretrain.checkpoints
-    step = newest_checkpoint(checkpoints, passed_over=lambda line: None)
-    if step is None:
-        raise CheckpointError(f"run_dir={folder.root}: has no complete checkpoint. Run the pretraining.")
-    checkpoint = Checkpoint(step_folder(checkpoints, step))
+    tokenizer, checkpoint = Tokenizer.load(folder.tokenizer), newest_of(folder.pretrain)
     tasks = [
         task for task in load_bundle(bundle_folder).tasks.values()
         if task.kind == "multiple_choice" and task.num_fewshot

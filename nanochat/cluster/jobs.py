@@ -1,5 +1,6 @@
 """The stages as jobs: each takes its configs, a run directory and a terminal, and runs on the current Ray session."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ import ray
 from nanochat import storage
 from nanochat.cluster.session import actor_map, ray_context
 from nanochat.cluster.terminal import Terminal, on_interrupt
-from nanochat.cluster.trainer import finetune_on_ray, pretrain_on_ray
+from nanochat.cluster.trainer import pretrain_worker, sft_worker, train_on_ray
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.evaluation import EvaluationConfig
@@ -94,7 +95,9 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
     )
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
-        return pretrain_on_ray(config, cluster, shards, folder.tokenizer, folder.pretrain, watch)
+        return train_on_ray(
+            config, plan, cluster, shards, folder.tokenizer, folder.pretrain, watch, pretrain_worker
+        )  # fmt: skip
 
     checkpoint, view = _watched(folder.pretrain, plan.num_steps, terminal, train)
     terminal.line(f"base model {checkpoint.folder}, validation {view.val_bpb:.4f} bits per byte")
@@ -109,8 +112,8 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
     folder = RunFolder(run_dir)
     tokenizer = Tokenizer.load(folder.tokenizer)
     base = Checkpoint(str(named_model(run_dir, config.base or "pretrain").checkpoint))
-    check_stage(folder.sft.root, {"sft": config})
     source = MixtureSource.of(config, folder.tasks)
+    check_stage(folder.sft.root, {"sft": config}, source.files())
     mixture = load_mixture(source)
     shards = write_mixture_shards(
         source, ray_context(terminal.live), tokenizer, base.state["model"]["sequence_len"], folder.sft_shards
@@ -121,7 +124,7 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         "base": base.folder,
         "base_sha256": base.weights_sha256,
     }
-    begin_stage(folder.sft.root, {"sft": config}, resolved | {"shards": shards.manifest_hash})
+    begin_stage(folder.sft.root, {"sft": config}, resolved | {"shards": shards.manifest_hash}, source.files())
     terminal.line(f"mixture    {', '.join(f'{count:,} {name}' for name, count in mixture.counts().items())}")
     left_out = sum(shard.skipped["longer_than_a_row"] for shard in shards.shards)
     dropped = sum(mixture.dropped().values())
@@ -134,7 +137,8 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
     )
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
-        return finetune_on_ray(config, cluster, shards, folder.tokenizer, folder.sft, watch, source, base)
+        worker = functools.partial(sft_worker, source, base)
+        return train_on_ray(config, sft.plan, cluster, shards, folder.tokenizer, folder.sft, watch, worker)
 
     checkpoint, _ = _watched(folder.sft, sft.plan.num_steps, terminal, train)
     terminal.line(f"chat model {checkpoint.folder}")

@@ -5,7 +5,6 @@ cause (RuntimeError, OSError). Everything else is the code's or the input's and 
 """
 
 import contextlib
-import functools
 import os
 import threading
 import time
@@ -35,13 +34,12 @@ from nanochat.errors import ClusterError, NanochatError
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.tasks.mixture import MixtureSource, load_mixture
-from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, problem_with, step_folder
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT
 from nanochat.training.loop import TrainingInputs
 from nanochat.training.plan import Plan
 from nanochat.training.pretrain import pretrain
-from nanochat.training.sft import SftInputs, finetune, resolve_sft
+from nanochat.training.sft import SftInputs, finetune
 
 
 def is_retried(error: BaseException) -> bool:
@@ -58,7 +56,7 @@ class TrainJob:
     spec: StreamSpec
     use_gpu: bool
     worker: Callable[["TrainJob"], None]
-    """What each worker runs: `pretrain_worker`, `sft_worker`, or what benchmarks and fault tests wrap around them."""
+    """What each worker runs: `pretrain_worker`, a partial `sft_worker`, or what benchmarks and tests put in place."""
 
 
 class OnFailure(UserCallback):
@@ -165,11 +163,11 @@ def inputs_of(job: TrainJob, run: RunContext) -> TrainingInputs:
 
 def train_on_ray(
     config: TrainingConfig,
+    plan: Plan,
     cluster: ClusterConfig,
     shards: TokenShards,
     tokenizer_folder: str,
     folder: StageFolder,
-    plan: Plan,
     watch: Callable[[], None],
     worker: Callable[[TrainJob], None],
 ) -> Checkpoint | None:
@@ -196,37 +194,6 @@ def train_on_ray(
         storage.remove(_ray_storage(folder))
     last = step_folder(folder.checkpoints, plan.num_steps)
     return Checkpoint(last) if problem_with(last, verify=False) is None else None
-
-
-def pretrain_on_ray(
-    config: PretrainConfig,
-    cluster: ClusterConfig,
-    shards: TokenShards,
-    tokenizer_folder: str,
-    folder: StageFolder,
-    watch: Callable[[], None],
-    worker: Callable[[TrainJob], None] = pretrain_worker,
-) -> Checkpoint | None:
-    """Pretrain as `train_on_ray` does; benchmarks and fault tests wrap `worker`."""
-    plan = planning.resolve(config, Tokenizer.load(tokenizer_folder).vocab_size, shards.sequence_len)
-    return train_on_ray(config, cluster, shards, tokenizer_folder, folder, plan, watch, worker)
-
-
-def finetune_on_ray(
-    config: SftConfig,
-    cluster: ClusterConfig,
-    shards: TokenShards,
-    tokenizer_folder: str,
-    folder: StageFolder,
-    watch: Callable[[], None],
-    source: MixtureSource,
-    base: Checkpoint,
-    worker: Callable[[TrainJob], None] | None = None,
-) -> Checkpoint | None:
-    """Fine-tune from a base checkpoint as `train_on_ray` does."""
-    plan = resolve_sft(config, base, shards.rows("train")).plan
-    worker = worker or functools.partial(sft_worker, source, base)
-    return train_on_ray(config, cluster, shards, tokenizer_folder, folder, plan, watch, worker)
 
 
 def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool, note: Callable[[str], None]) -> None:

@@ -27,7 +27,8 @@ class EvaluationConfig:
     """Score at most this many problems of each task, drawn by the seed (CORE: the first of its own fixed shuffle);
     few-shot examples come from all of them."""
     samples: int = 1
-    """Replies to each problem; above 1, pass@k is reported for every power of two up to it, and needs a temperature."""
+    """Replies to each problem that is answered in words; above 1, pass@k is reported for every power of two up to it,
+    and a temperature is needed."""
     temperature: float = 0.0
     """Of the replies; 0 = the likeliest token."""
     max_new_tokens: int = 256

@@ -51,6 +51,8 @@ class ReadCounts:
     """Rows whose text is not UTF-8."""
     other_split: int = 0
     """Documents of files divided by hash that belong to the other split."""
+    longer_than_a_row: int = 0
+    """Conversations that no row holds; documents are split."""
 
     def add(self, other: "ReadCounts") -> None:
         """Add another file's counts to these."""

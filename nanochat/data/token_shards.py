@@ -11,7 +11,7 @@ at 330 M and 4 bytes, zstd at 110 M and 1.4 bytes.
 Not covered: the order in which rows are trained on (row_order.py).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from nanochat import storage
 from nanochat.config.shards import ROW_GROUP_ROWS
-from nanochat.data.documents import Split
-from nanochat.data.packing import PACKING_VERSION
+from nanochat.data.documents import ReadCounts, Split
+from nanochat.data.packing import PACKING_VERSION, Packer
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import DataError, TokenizerMismatchError, excerpt
 from nanochat.run_context import RunContext
@@ -213,12 +213,34 @@ class TokenShards:
             )
 
 
-def write_manifest(run: RunContext, recipe: PackRecipe, shards: list[TokenShard], folder: str) -> TokenShards:
-    """Write the manifest of a folder whose shards are all there, and return what it says."""
+def pack_shards(
+    run: RunContext,
+    recipe: PackRecipe,
+    folder: str,
+    pack: Callable[[Any], TokenShard],
+    sources: Sequence[Any],
+    empty: str,
+) -> TokenShards:
+    """Pack every source, a task each, and write the manifest; what an earlier call finished from the same stays.
+
+    The result is the same for every number of workers. Raises: DataError, `empty` with {split}, if one fills no row.
+    """
+    storage.remove(storage.join(folder, MANIFEST))  # while files may be replaced, no manifest describes them
+    shards: list[TokenShard] = []
+    for shard in run.map(pack, sources):
+        shards.append(shard)
+        run.progress(
+            f"shards {len(shards)}/{len(sources)}: {shard.name}, {shard.rows} rows, {shard.tokens} tokens, "
+            f"{shard.cropped_tokens} cropped"
+        )
+    for split in SPLITS:
+        if not any(shard.rows for shard in shards if shard.split == split):
+            raise DataError(empty.format(split=split))
     content = {"version": MANIFEST_VERSION, "recipe": asdict(recipe), "shards": [asdict(shard) for shard in shards]}
     totals = {split: _totals(shard for shard in shards if shard.split == split) for split in SPLITS}
-    manifest = content | {"totals": totals, "hash": storage.sha256_json(content)}
-    storage.write_json(storage.join(folder, MANIFEST), manifest)
+    storage.write_json(
+        storage.join(folder, MANIFEST), content | {"totals": totals, "hash": storage.sha256_json(content)}
+    )
     if (share := totals["train"]["cropped_share"]) > CROPPED_SHARE_LIMIT:
         run.progress(
             f"shards: {share:.1%} of the training tokens are cropped, since each source file loses its last, "
@@ -227,8 +249,43 @@ def write_manifest(run: RunContext, recipe: PackRecipe, shards: list[TokenShard]
     return TokenShards.load(folder)
 
 
-def write_blocks(path: str, recipe: PackRecipe, blocks: Iterable[npt.NDArray[Any]]) -> None:
-    """Write blocks of rows as a parquet file, atomically."""
+def pack_shard(
+    recipe: PackRecipe,
+    path: str,
+    split: Split,
+    fill: Callable[[Packer, ReadCounts], Iterator[npt.NDArray[Any]]],
+    *,
+    source: str,
+    source_sha256: str,
+    source_bytes: int = 0,
+    splits: bool = True,
+) -> TokenShard:
+    """Write the blocks that `fill` gets from a packer to path.parquet, then the record path.json.
+
+    Nothing is done if both are there and were made from the same bytes in the same way. `fill` counts what it reads.
+    """
+    if (done := _finished(path, recipe, source, source_sha256)) is not None:
+        return done
+    storage.remove(f"{path}.json")
+    reads = ReadCounts()
+    packer = Packer(
+        row_tokens=recipe.sequence_len + 1, bos=recipe.bos, dtype=stored_dtype(recipe),
+        buffer_documents=recipe.buffer_documents, block_rows=recipe.group_rows, splits=splits,
+    )  # fmt: skip
+    _write_blocks(f"{path}.parquet", recipe, fill(packer, reads))
+    skipped = {reason: count for reason, count in asdict(reads).items() if reason not in ("documents", "text_bytes")}
+    shard = TokenShard(
+        name=f"{split}/{storage.name_of(path)}.parquet", split=split, source=source, source_bytes=source_bytes,
+        source_sha256=source_sha256, rows=packer.counts.rows, group_rows=recipe.group_rows, documents=reads.documents,
+        tokens=packer.counts.tokens, text_bytes=reads.text_bytes, cropped_tokens=packer.counts.cropped_tokens,
+        skipped=skipped, size_bytes=storage.size_bytes(f"{path}.parquet"),
+        sha256=storage.sha256_file(f"{path}.parquet"),
+    )  # fmt: skip
+    storage.write_json(f"{path}.json", {"version": MANIFEST_VERSION, "recipe": asdict(recipe), "shard": asdict(shard)})
+    return shard
+
+
+def _write_blocks(path: str, recipe: PackRecipe, blocks: Iterable[npt.NDArray[Any]]) -> None:
     schema = _schema(recipe)
     with (
         storage.atomic_write(path) as file,
@@ -247,12 +304,7 @@ def write_blocks(path: str, recipe: PackRecipe, blocks: Iterable[npt.NDArray[Any
             writer.write_table(pa.Table.from_arrays([column], schema=schema), row_group_size=recipe.group_rows)
 
 
-def write_record(path: str, recipe: PackRecipe, shard: TokenShard) -> None:
-    """Write path.json, which says that path.parquet is complete and what it was made from."""
-    storage.write_json(f"{path}.json", {"version": MANIFEST_VERSION, "recipe": asdict(recipe), "shard": asdict(shard)})
-
-
-def finished(path: str, recipe: PackRecipe, source: str, source_sha256: str) -> TokenShard | None:
+def _finished(path: str, recipe: PackRecipe, source: str, source_sha256: str) -> TokenShard | None:
     """Return the record of path.parquet if it need not be made again: source, recipe and bytes are as recorded."""
     if not storage.exists(f"{path}.json") or not storage.exists(f"{path}.parquet"):
         return None

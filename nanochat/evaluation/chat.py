@@ -96,6 +96,7 @@ def judge(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    batch_tokens: int | None = None,
 ) -> list[Verdict]:
     """Return the verdicts on a task's problems, `samples` after each other for each.
 
@@ -103,13 +104,11 @@ def judge(
     """
     conversations = [task[index] for index in indices]
     if task.kind == "choose":
-        return _choose(GPTScorer(model, tokenizer), tokenizer, indices, conversations)
+        return _choose(GPTScorer(model, tokenizer, batch_tokens), tokenizer, indices, conversations)
     repeated = [(index, sample) for index in indices for sample in range(samples)]
     asked = [conversation for conversation in conversations for _ in range(samples)]
     seeds = [(seed * 1_000_003 + index) * 1_000 + sample for index, sample in repeated]
-    replies = answer(
-        model, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds
-    )  # fmt: skip
+    replies = answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
     return [
         Verdict(
             index, conversation.messages[-2].text, shown(conversation.messages[-1].parts), reply.shown,

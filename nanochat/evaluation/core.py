@@ -132,31 +132,11 @@ class Bundle:
     """Of the baselines: 1 or 2 as DCLM published them, else own."""
 
 
-@dataclass(frozen=True)
-class WorkItem:
-    """Some examples of one task; enough for another process, which loads the bundle itself."""
-
-    task: str
-    first: int
-    count: int
-
-
-def work_items(bundle: Bundle, max_per_task: int | None, examples_per_item: int) -> list[WorkItem]:
-    """Cut all tasks, or the first `max_per_task` examples of each, into items of at most `examples_per_item`."""
-    items = []
-    for label, task in bundle.tasks.items():
-        end = len(task.rows) if max_per_task is None else min(max_per_task, len(task.rows))
-        for first in range(0, end, examples_per_item):
-            items.append(WorkItem(label, first, min(examples_per_item, end - first)))
-    return items
-
-
-def score_examples(bundle: Bundle, item: WorkItem, scorer: Scorer) -> list[bool]:
-    """Return which examples of an item are answered right. Raises: DataError if an option is too long to score."""
-    task, end = bundle.tasks[item.task], item.first + item.count
+def score_examples(task: CoreTask, examples: range, scorer: Scorer) -> list[bool]:
+    """Return which examples of a task are answered right. Raises: DataError if an option is too long to score."""
     outcomes = []
-    for first in range(item.first, end, EXAMPLES_AT_ONCE):
-        indices = range(first, min(first + EXAMPLES_AT_ONCE, end))
+    for first in range(0, len(examples), EXAMPLES_AT_ONCE):
+        indices = examples[first : first + EXAMPLES_AT_ONCE]
         scores = scorer.score(task.groups(scorer, indices))
         outcomes += [task.is_right(index, of_options) for index, of_options in zip(indices, scores, strict=True)]
     return outcomes

@@ -15,6 +15,7 @@ import torch
 
 from nanochat import storage
 from nanochat.config.evaluation import EvaluationConfig
+from nanochat.config.training import TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError
@@ -31,6 +32,7 @@ from nanochat.storage import RunFolder
 from nanochat.tasks.registry import load_task
 from nanochat.tasks.task import Task, TaskFiles
 from nanochat.training.checkpoint import Checkpoint
+from nanochat.training.hardware import choose_hardware
 
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 """ChatCORE is the mean of their centred accuracies. Source: karpathy/nanochat chat_eval.py@92d63d4."""
@@ -79,16 +81,16 @@ class Evaluator:
 
     def __call__(self, item: Item) -> Any:
         """Return the verdicts, outcomes or counts of an item."""
-        if item.kind == "core":
-            return core.score_examples(
-                self.bundle, core.WorkItem(item.task, item.first, item.count), self.scorer(item.model)
-            )
         if item.kind == "bits_per_byte":
             return self._count_bits(item)
+        problems = range(item.first, item.first + item.count)
+        if item.kind == "core":
+            return core.score_examples(self.bundle.tasks[item.task], problems, self.scorer(item.model))
+        config = self.config
         return judge(
-            self.model(item.model), self.tokenizer, self.tasks[item.task], range(item.first, item.first + item.count),
-            max_new_tokens=self.config.max_new_tokens, samples=self.config.samples, seed=self.config.seed,
-            temperature=self.config.temperature,
+            self.model(item.model), self.tokenizer, self.tasks[item.task], problems, samples=config.samples,
+            max_new_tokens=config.max_new_tokens, seed=config.seed, temperature=config.temperature,
+            batch_tokens=config.batch_tokens,
         )  # fmt: skip
 
     @functools.cached_property
@@ -125,7 +127,7 @@ class Evaluator:
         """Return what compares a model's options."""
         if self.models[name].checkpoint is None:
             assert self.config.hf is not None, "its folder was named"
-            return _hf_scorer(self.config.hf, self.config.batch_tokens)
+            return _hf_scorer(self.config.hf, self.config.batch_tokens, self.run)
         return GPTScorer(self.model(name), self.tokenizer, self.config.batch_tokens)
 
     def _task(self, text: str) -> tuple[str, Task]:
@@ -155,23 +157,22 @@ class Evaluator:
 
 
 @functools.lru_cache(maxsize=1)
-def _hf_scorer(path: str, batch_tokens: int | None) -> HFScorer:
-    return HFScorer(path, batch_tokens)
+def _hf_scorer(path: str, batch_tokens: int | None, run: RunContext) -> HFScorer:
+    return HFScorer(path, batch_tokens, choose_hardware(TrainingConfig(dtype="float32"), run).device)
 
 
 def items_of(evaluator: Evaluator) -> Iterator[Item]:
     """Yield the work, model by model."""
     config = evaluator.config
+    sizes = [("core", label, len(task.rows[: config.max_per_task])) for label, task in
+             (evaluator.bundle.tasks if config.core else {}).items()]  # fmt: skip
     for model in evaluator.models.values():
-        if model.checkpoint is not None:
-            for label, task in evaluator.tasks.items():
-                for first in range(0, len(task), PROBLEMS_OF_ITEM):
-                    yield Item(model.name, "chat", label, first, min(PROBLEMS_OF_ITEM, len(task) - first))
-            if config.bits_per_byte:
-                yield from (Item(model.name, "bits_per_byte", "validation", part, 4) for part in range(4))
-        if config.core is not None:
-            for item in core.work_items(evaluator.bundle, config.max_per_task, PROBLEMS_OF_ITEM):
-                yield Item(model.name, "core", item.task, item.first, item.count)
+        chat = [("chat", label, len(task)) for label, task in evaluator.tasks.items() if model.checkpoint is not None]
+        for kind, label, size in chat + sizes:
+            for first in range(0, size, PROBLEMS_OF_ITEM):
+                yield Item(model.name, kind, label, first, min(PROBLEMS_OF_ITEM, size - first))
+        if config.bits_per_byte and model.checkpoint is not None:
+            yield from (Item(model.name, "bits_per_byte", "validation", part, 4) for part in range(4))
 
 
 def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]:
@@ -201,6 +202,7 @@ def results_of(evaluator: Evaluator, outcomes: dict[tuple[str, str], list[Any]])
 
 def chat_score(task: Task, verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
     """Return accuracy, n, standard error and centred accuracy, pass@k, and some problems right and wrong."""
+    samples = 1 if task.kind == "choose" else samples  # a letter is chosen once
     groups = [verdicts[first : first + samples] for first in range(0, len(verdicts), samples)]
     rights = [sum(verdict.is_right for verdict in group) for group in groups]
     n = len(groups)
@@ -242,11 +244,11 @@ def score_table(results: dict[str, dict[str, Any]]) -> list[str]:
     rows: dict[str, dict[str, str]] = {}
     for name, found in results.items():
         for label, score in found["chat"].items():
-            text = f"{score['accuracy']:.1%} +- {score['stderr']:.1%} (n={score['n']})"
-            rows.setdefault(label, {})[name] = text
+            rows.setdefault(label, {})[name] = _with_error(score)
+            for by_k in (key for key in score if key.startswith("pass_at_")):
+                rows.setdefault(f"{label} {by_k.replace('_', ' ')}", {})[name] = f"{score[by_k]:.1%} (n={score['n']})"
         for label, score in found.get("core", {}).get("tasks", {}).items():
-            text = f"{score['accuracy']:.1%} +- {score['stderr']:.1%} (n={score['n']})"
-            rows.setdefault(f"core {label}", {})[name] = text
+            rows.setdefault(f"core {label}", {})[name] = _with_error(score)
         for score in (found.get("chat_core"), found.get("core")):
             if score is not None:
                 rows.setdefault(score["title"], {})[name] = f"{score['value']:.4f} +- {score['stderr']:.4f}"
@@ -260,6 +262,10 @@ def score_table(results: dict[str, dict[str, Any]]) -> list[str]:
         label.ljust(first) + "".join(texts.get(name, "-").ljust(26) for name in results)
         for label, texts in rows.items()
     ]
+
+
+def _with_error(score: dict[str, Any]) -> str:
+    return f"{score['accuracy']:.1%} +- {score['stderr']:.1%} (n={score['n']})"
 
 
 def _keep(evaluator: Evaluator, name: str, results: dict[str, Any]) -> dict[str, Any]:

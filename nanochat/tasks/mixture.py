@@ -10,10 +10,12 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import isdir, isfile
 from typing import Literal
 
 import numpy as np
 
+from nanochat import storage
 from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation
 from nanochat.errors import ConfigError
@@ -63,6 +65,12 @@ class MixtureSource:
             parts=parts, folder=folder, mirror=config.task_mirror, malformed=config.malformed, seed=config.seed,
             validation_conversations=config.validation_conversations, joined=config.joined,
         )  # fmt: skip
+
+    def files(self) -> list[str]:
+        """Return the files of one's own that are mixed: their content decides the numbers, too."""
+        named = [part.path for part in self.parts if part.path is not None]
+        inside = (storage.join(path, name) for path in named if isdir(path) for name in storage.list_names(path))
+        return [path for path in (*named, *inside) if isfile(path)]
 
     def task(self, part: MixturePart) -> Task:
         """Return a part's training split."""

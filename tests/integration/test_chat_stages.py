@@ -59,10 +59,11 @@ def finetune(ray_session, run_dir):
     """Fine-tune on Ray into a folder and return its checkpoint."""
     from nanochat.cluster.jobs import newest_of
     from nanochat.cluster.session import ray_context
-    from nanochat.cluster.trainer import finetune_on_ray, sft_worker
+    from nanochat.cluster.trainer import sft_worker, train_on_ray
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.tasks.mixture import MixtureSource
     from nanochat.tasks.mixture_shards import write_mixture_shards
+    from nanochat.training.sft import resolve_sft
 
     def train(folder, kills=None, marks=None, **changes):
         from faulty_worker import worker_with
@@ -83,8 +84,9 @@ def finetune(ray_session, run_dir):
 
         worker = plain if kills is None else worker_with(kills, marks, plain)
         cluster = ClusterConfig(num_workers=2, cpus_per_worker=0.5, max_failures=5)
-        return finetune_on_ray(
-            config, cluster, shards, place.tokenizer, StageFolder(str(folder)), lambda: None, source, base, worker
+        plan = resolve_sft(config, base, shards.rows("train")).plan
+        return train_on_ray(
+            config, plan, cluster, shards, place.tokenizer, StageFolder(str(folder)), lambda: None, worker
         )
 
     return train

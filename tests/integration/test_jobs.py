@@ -154,13 +154,13 @@ def test_a_short_run_in_an_object_store_ends_with_its_score(tiny_run, monkeypatc
     for name in ("shards", "tokenizer"):
         storage.filesystem(run_dir)[0].put(str(tiny_run / name), f"{run_dir}/{name}", recursive=True)
 
-    def trained(config, cluster, shards, tokenizer_folder, folder, watch, *more):
+    def trained(config, plan, cluster, shards, tokenizer_folder, folder, watch, *more):
         folder.note("a worker group starts at step 0")
         watch()
         storage.append_jsonl(folder.metrics, {"step": 2, "val_bpb": 2.5})
         return Checkpoint(f"{folder.root}/checkpoints/step_000002")
 
-    monkeypatch.setattr(jobs, "pretrain_on_ray", trained)
+    monkeypatch.setattr(jobs, "train_on_ray", trained)
     screen = Screen()
     config = PretrainConfig(depth=1, head_dim=16, num_steps=2, global_batch_tokens=64)
     jobs.pretrain_base(run_dir, config, ClusterConfig(num_workers=1), screen)

@@ -33,14 +33,16 @@ TINY = PretrainConfig(
 @pytest.fixture
 def pretrain(ray_session, tiny_run):
     """Run TINY on Ray into a folder and return its checkpoint."""
-    from nanochat.cluster.trainer import pretrain_on_ray, pretrain_worker
+    from nanochat.cluster.trainer import pretrain_worker, train_on_ray
     from nanochat.data.token_shards import TokenShards
+    from nanochat.training.plan import resolve
 
     def train(folder, config=TINY, worker=pretrain_worker, run=tiny_run, **cluster):
         shards = TokenShards.load(str(run / "shards"))
         settings = ClusterConfig(**({"num_workers": 2, "cpus_per_worker": 0.5} | cluster))
-        return pretrain_on_ray(
-            config, settings, shards, str(run / "tokenizer"), StageFolder(str(folder)), lambda: None, worker
+        plan = resolve(config, shards.recipe.vocab_size, shards.sequence_len)
+        return train_on_ray(
+            config, plan, settings, shards, str(run / "tokenizer"), StageFolder(str(folder)), lambda: None, worker
         )
 
     return train

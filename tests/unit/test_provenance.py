@@ -101,6 +101,16 @@ def test_checking_a_stage_writes_nothing(folder):
         check_stage(folder, {"pretrain": replace(CONFIG, depth=6)})
 
 
+def test_a_stage_is_not_resumed_with_other_files(folder, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("a")
+    begin_stage(folder, {"pretrain": CONFIG}, files=[str(file)])
+    check_stage(folder, {"pretrain": CONFIG}, [str(file)])
+    file.write_text("b")
+    with pytest.raises(ConfigError, match=r"sha256 of .*chats\.jsonl='.*' \(was '"):
+        check_stage(folder, {"pretrain": CONFIG}, [str(file)])
+
+
 def test_the_commit_says_whether_the_tree_was_changed(tmp_path, monkeypatch):
     package = tmp_path / "nanochat"
     package.mkdir()

@@ -107,6 +107,13 @@ def verdict(index: int, is_right: bool) -> Verdict:
     return Verdict(index, f"q{index}", "a", "r", is_right)
 
 
+def test_a_letter_is_chosen_once_whatever_samples_says():
+    task = Letters("letters", "test", [exchange("q", "A")] * 4)
+    score = chat_score(task, [verdict(index, index < 3) for index in range(4)], samples=2)
+    assert (score["n"], score["accuracy"]) == (4, 0.75)
+    assert score["stderr"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+
+
 def test_scores_are_counted_as_by_hand():
     task = Lengths("lengths", "test", QUESTIONS)
     task.chance = 0.25

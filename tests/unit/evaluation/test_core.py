@@ -18,11 +18,9 @@ from nanochat.evaluation.core import (
     BASELINES_1,
     Bundle,
     CoreTask,
-    WorkItem,
     core_result,
     load_bundle,
     score_examples,
-    work_items,
 )
 from nanochat.evaluation.scoring import Option, Score
 
@@ -155,27 +153,17 @@ def test_fewer_rows_than_few_shot_examples_are_all_used():
     assert CoreTask("t", "language_modeling", 10, " ", 0.0, False, rows[:1]).prompts(0) == ["c0", "c0 x"]
 
 
-def test_work_items_cover_every_example_once(bundle):
-    items = work_items(bundle, None, 4)
-    assert items[:3] == [WorkItem("colours", 0, 4), WorkItem("colours", 4, 4), WorkItem("colours", 8, 3)]
-    for label, task in bundle.tasks.items():
-        covered = [i for item in items if item.task == label for i in range(item.first, item.first + item.count)]
-        assert covered == list(range(len(task.rows)))
-    assert work_items(bundle, 5, 100) == [
-        WorkItem("colours", 0, 5), WorkItem("pronouns", 0, 4), WorkItem("counting", 0, 5)
-    ]  # fmt: skip
-
-
 def test_outcomes_do_not_depend_on_the_cut(bundle, monkeypatch):
     def play(text: str) -> Score:
         return Score(zlib.crc32(text.encode()[::-1]) / 2**32, len(text) % 2 == 0)
 
-    whole = score_examples(bundle, WorkItem("colours", 0, 11), StubScorer(play))
+    task = bundle.tasks["colours"]
+    whole = score_examples(task, range(11), StubScorer(play))
     assert {True, False} == set(whole)
     monkeypatch.setattr("nanochat.evaluation.core.EXAMPLES_AT_ONCE", 3)
-    parts = [score_examples(bundle, item, StubScorer(play)) for item in work_items(bundle, None, 5)[:3]]
-    assert [len(part) for part in parts] == [5, 5, 1]
-    assert [*parts[0], *parts[1], *parts[2]] == whole
+    first, rest = (score_examples(task, part, StubScorer(play)) for part in (range(4), range(4, 11)))
+    assert [len(first), len(rest)] == [4, 7]
+    assert [*first, *rest] == whole
 
 
 def test_the_result_by_hand(bundle):
@@ -324,7 +312,7 @@ def test_a_random_player_is_at_chance_on_every_task(core):
     player = StubScorer(lambda text: Score(draws.random(), False))
     most = {"multiple_choice": 3300, "schema": 3300, "language_modeling": 100}
     outcomes = {
-        label: score_examples(core, WorkItem(label, 0, min(len(task.rows), most[task.kind])), player)
+        label: score_examples(task, range(min(len(task.rows), most[task.kind])), player)
         for label, task in core.tasks.items()
     }
     result = core_result(core, outcomes)
@@ -355,7 +343,7 @@ def test_a_player_that_knows_the_answers_is_right_everywhere(core):
             texts = naive_prompts(task.rows, index, task.kind, task.num_fewshot, task.delimiter)
             right.add(texts[row["gold"] if "gold" in row else 1])
         player = StubScorer(lambda text, right=right: Score(0.0 if text in right else 1.0, text in right))
-        outcomes[label] = score_examples(core, WorkItem(label, 0, min(count, len(task.rows))), player)
+        outcomes[label] = score_examples(task, range(min(count, len(task.rows))), player)
     result = core_result(core, outcomes)
     assert {label: found["accuracy"] for label, found in result["tasks"].items()} == dict.fromkeys(core.tasks, 1.0)
     assert result["value"] == pytest.approx(1.0)

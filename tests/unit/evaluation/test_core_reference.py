@@ -10,7 +10,7 @@ from small_bundle import write_bundle
 
 from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import NUM_BYTES, SPLIT_PATTERNS, Tokenizer
-from nanochat.evaluation.core import Bundle, CoreTask, WorkItem, load_bundle, score_examples
+from nanochat.evaluation.core import CoreTask, load_bundle, score_examples
 from nanochat.evaluation.scoring import GPTScorer
 from nanochat.model.gpt import GPT
 
@@ -36,7 +36,7 @@ def random_scorer(tasks, sequence_len: int) -> GPTScorer:
     return GPTScorer(randomise(GPT(config)).eval(), tokenizer, 3000)
 
 
-def compare(bundle, task: CoreTask, scorer: GPTScorer, count: int) -> list[bool]:
+def compare(task: CoreTask, scorer: GPTScorer, count: int) -> list[bool]:
     """Assert that the first examples come out as the naive way has them, and return the verdicts."""
     tokenizer, forward, verdicts = scorer._tokenizer, gpt_forward(scorer.model), []
     groups = task.groups(scorer, range(count))
@@ -55,7 +55,7 @@ def compare(bundle, task: CoreTask, scorer: GPTScorer, count: int) -> list[bool]
             chosen = [gold for gold, one in enumerate(asked) if one.is_right(0, scores[index])]
             assert chosen == [naive_choice(expected)]
         verdicts.append(naive_is_right(task.kind, task.rows[index], expected))
-    assert score_examples(bundle, WorkItem(task.label, 0, count), scorer) == verdicts
+    assert score_examples(task, range(count), scorer) == verdicts
     return verdicts
 
 
@@ -64,7 +64,7 @@ def test_a_small_bundle(label, tmp_path):
     bundle = load_bundle(write_bundle(tmp_path))
     scorer = random_scorer(bundle.tasks.values(), 400)
     task = bundle.tasks[label]
-    verdicts = compare(bundle, task, scorer, len(task.rows))
+    verdicts = compare(task, scorer, len(task.rows))
     if task.kind != "language_modeling":
         assert {True, False} == set(verdicts)
 
@@ -75,7 +75,7 @@ def test_a_small_bundle(label, tmp_path):
 )
 def test_real_tasks(label, count, test_data):
     bundle = load_bundle(str(test_data / "core"))
-    compare(bundle, bundle.tasks[label], random_scorer([bundle.tasks[label]], 3000), count)
+    compare(bundle.tasks[label], random_scorer([bundle.tasks[label]], 3000), count)
 
 
 def test_language_modelling_is_right_where_every_token_is_the_likeliest():
@@ -102,6 +102,5 @@ def test_language_modelling_is_right_where_every_token_is_the_likeliest():
             continuation = continuation[:place] + other + continuation[place + 1 :]
         rows.append({"context": text, "continuation": continuation})
     task = CoreTask("letters", "language_modeling", 0, "", 0.0, False, tuple(rows))
-    bundle = Bundle("", {"letters": task}, (), "own")
-    verdicts = compare(bundle, task, GPTScorer(model, tokenizer), len(rows))
+    verdicts = compare(task, GPTScorer(model, tokenizer), len(rows))
     assert verdicts == [True, False] * 5

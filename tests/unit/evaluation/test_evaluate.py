@@ -1,6 +1,7 @@
 """What evaluation/MODEL.json keeps from call to call, and which work a config is cut into."""
 
 import pytest
+from small_bundle import write_bundle
 
 from nanochat.config.evaluation import EvaluationConfig
 from nanochat.errors import ConfigError
@@ -48,6 +49,17 @@ def test_items_cover_every_problem_once(tmp_path):
     assert [item for item in items if item.kind == "bits_per_byte"] == [
         Item("sft", "bits_per_byte", "validation", part, 4) for part in range(4)
     ]
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(None, (11, 4, 7)), (5, (5, 4, 5))])
+def test_items_of_core_cover_its_first_examples_once(tmp_path, monkeypatch, limit, sizes):
+    monkeypatch.setattr("nanochat.evaluation.evaluate.PROBLEMS_OF_ITEM", 3)
+    one = evaluator(tmp_path, tasks=(), core=write_bundle(tmp_path / "bundle"), max_per_task=limit)
+    items = list(items_of(one))
+    for label, size in zip(("colours", "pronouns", "counting"), sizes, strict=True):
+        spans = [(item.first, item.count) for item in items if item.task == label]
+        assert [place for first, count in spans for place in range(first, first + count)] == list(range(size))
+        assert all(count <= 3 for _, count in spans)
 
 
 def test_a_limit_draws_problems_by_the_seed_and_changes_none(tmp_path):

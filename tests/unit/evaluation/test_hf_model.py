@@ -11,10 +11,13 @@ import torch
 from naive_core import naive_is_right, naive_prompts, naive_scores, naive_spans
 from small_bundle import CHOICE_ROWS, COPY_ROWS, SCHEMA_ROWS, write_bundle
 
+from nanochat.config.evaluation import EvaluationConfig
 from nanochat.errors import ConfigError, DataError
-from nanochat.evaluation.core import core_result, load_bundle, score_examples, work_items
+from nanochat.evaluation.core import core_result, load_bundle, score_examples
+from nanochat.evaluation.evaluate import Evaluator, Model, evaluate
 from nanochat.evaluation.hf_model import HFScorer
 from nanochat.evaluation.scoring import Option
+from nanochat.run_context import RunContext
 
 MAX_TOKENS = 160
 
@@ -70,9 +73,9 @@ def test_core_is_that_of_transformers_alone(batch_tokens, folder, alone, tmp_pat
     encode, forward = alone
     bundle, scorer = load_bundle(write_bundle(tmp_path)), HFScorer(folder, batch_tokens)
     outcomes: dict[str, list[bool]] = {}
-    for item in work_items(bundle, None, 100):
-        task = bundle.tasks[item.task]
-        scores = scorer.score(task.groups(scorer, range(item.count)))
+    for label, task in bundle.tasks.items():
+        examples = range(len(task.rows))
+        scores = scorer.score(task.groups(scorer, examples))
         verdicts = []
         for index, row in enumerate(task.rows):
             texts = naive_prompts(task.rows, index, task.kind, task.num_fewshot, task.delimiter)
@@ -80,10 +83,27 @@ def test_core_is_that_of_transformers_alone(batch_tokens, folder, alone, tmp_pat
             assert [score.mean_nats for score in scores[index]] == pytest.approx([n for n, _ in expected], abs=1e-4)
             assert [score.is_greedy for score in scores[index]] == [greedy for _, greedy in expected]
             verdicts.append(naive_is_right(task.kind, row, expected))
-        outcomes[item.task] = score_examples(bundle, item, scorer)
-        assert outcomes[item.task] == verdicts
+        outcomes[label] = score_examples(task, examples, scorer)
+        assert outcomes[label] == verdicts
     assert 0 < sum(outcomes["colours"]) < 11
     assert core_result(bundle, outcomes)["title"] == "CORE on 3 of 22 tasks, a sample of the examples"
+
+
+def test_evaluate_scores_a_transformers_model_on_core_alone(folder, tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    config = EvaluationConfig(
+        models=(), hf=folder, core=bundle, tasks=("arithmetic",), bits_per_byte=True, batch_tokens=300
+    )
+    run = RunContext(use_gpu=False)
+    found = evaluate(Evaluator(config, run, str(tmp_path / "run"), [Model("gpt2", None)]), run)["gpt2"]
+    tasks, scorer = load_bundle(bundle).tasks, HFScorer(folder)
+    expected = {label: score_examples(task, range(len(task.rows)), scorer) for label, task in tasks.items()}
+    assert {label: score["accuracy"] for label, score in found["core"]["tasks"].items()} == {
+        label: sum(right) / len(right) for label, right in expected.items()
+    }
+    assert found["chat"] == {}
+    assert "bits_per_byte" not in found
+    assert found["weights"] == folder
 
 
 def test_greedy_equal_and_cropped_options(folder, alone):

@@ -215,6 +215,16 @@ def test_shares_without_a_size_and_unknown_tasks_are_refused():
         load_mixture(MixtureSource.of(SftConfig(mixture=("gsm8",)), "x"))
 
 
+def test_files_of_ones_own_are_known(tmp_path):
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    for name in ("c.jsonl", "me.toml", "folder/train.jsonl"):
+        (tmp_path / name).write_text("x")
+    mixture = ("arithmetic", "identity", f"messages={tmp_path}/c.jsonl*2", f"gsm8k={tmp_path}/folder", "spelling=gone")
+    config = SftConfig(mixture=mixture, identity=f"{tmp_path}/me.toml")
+    found = MixtureSource.of(config, "x").files()
+    assert found == [f"{tmp_path}/{name}" for name in ("me.toml", "c.jsonl", "folder/train.jsonl")]
+
+
 # --- rows
 
 
