@@ -27,7 +27,7 @@ test: lint test-unit
 	@$(bin)/python -m pytest tests/integration tests/e2e -m "not slow and not soak and not gpu"
 
 test-unit: .venv/installed-dev
-	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests/unit -m "not slow"
+	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests/unit -m "not slow" -n logical --maxprocesses 8 --dist loadfile
 
 test-all: .venv/installed-dev
 	@$(bin)/python -m pytest tests -m "slow or gpu"

@@ -146,7 +146,7 @@ class _End:
 
 
 class GPTScorer:
-    """A `GPT` as Scorer, on the model's device. In float32 a score does not depend on what it is batched with."""
+    """A `GPT` as Scorer, on the model's device. What a score is batched with changes its rounding alone."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None) -> None:
         """Take a model; a batch has at most `batch_tokens` (none = BATCH_TOKENS), but at least one sequence."""

@@ -23,10 +23,10 @@ EVERYTHING = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    """Every part on, short windows of 12 tokens."""
+    """Every part on, short windows of 12 tokens; in float64 up to the logits, so that only the last rounding differs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanochat.config.model.SHORT_WINDOW_MULTIPLE", 12)
-        yield randomise(GPT(EVERYTHING)).eval()
+        yield randomise(GPT(EVERYTHING, torch.float64)).double().eval()
 
 
 def tokens(length: int, seed: int) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def naive(model: GPT, group: list[Option]) -> list[tuple[float, bool]]:
     return naive_scores(gpt_forward(model), [(option.tokens, option.start) for option in group])
 
 
-def assert_naive(model: GPT, groups: list[list[Option]], scores, tolerance: float = 1e-5) -> None:
+def assert_naive(model: GPT, groups: list[list[Option]], scores, tolerance: float = 4e-6) -> None:
     for group, found in zip(groups, scores, strict=True):
         for score, (nats, greedy) in zip(found, naive(model, group), strict=True):
             assert score.mean_nats == pytest.approx(nats, abs=tolerance)
@@ -73,7 +73,7 @@ def test_scores_are_those_of_whole_sequences_in_any_company(model, batch_tokens)
     assert_naive(model, groups, GPTScorer(model, BYTES, batch_tokens).score(groups))
 
 
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_options_of_any_group(model, data):
     """Options of any kinship: one begins another, equal tokens are scored from different places, all are equal."""
@@ -93,7 +93,7 @@ def test_stock_architecture_and_bfloat16():
     """Stated tolerance in bfloat16: 0.05 nats on means of about 15."""
     groups = some_groups()[::2]
     plain = randomise(GPT(stock(EVERYTHING))).eval()
-    assert_naive(plain, groups, GPTScorer(plain, BYTES).score(groups))
+    assert_naive(plain, groups, GPTScorer(plain, BYTES).score(groups), tolerance=1e-5)
     half = randomise(GPT(EVERYTHING, torch.bfloat16)).eval()
     for group, found in zip(groups, GPTScorer(half, BYTES).score(groups), strict=True):
         for score, (nats, _) in zip(found, naive(half, group), strict=True):

@@ -155,6 +155,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(new_run, monkeypatch):
     assert by_step[0] == by_step[1]
 
 
+@pytest.mark.slow
 def test_two_workers_compute_what_one_does(new_run, tmp_path):
     run = new_run()
     run(run.config(sample_every=0, checkpoint_every=0, num_steps=1))  # packs the shards
