@@ -125,6 +125,7 @@ def assert_the_model_can_be_talked_to(run_dir: Path) -> None:
     assert "checkpoint=nothing: state.json is missing. Name pretrain, sft, or a complete step_ folder." in lost.stderr
 
 
+@pytest.mark.slow
 def test_the_streaming_benchmark_writes_its_numbers(text, tmp_path):
     said = command(
         "benchmark", "stream", "--corpus", text, "--run-dir", tmp_path / "run", "--json", tmp_path / "stream.json",

@@ -23,7 +23,7 @@ EVERYTHING = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    """Every part on, short windows of 12 tokens; in float64 up to the logits, so that only the last rounding differs."""
+    """Every part on, short windows of 12 tokens; float64 up to the logits, so that only the last rounding differs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanochat.config.model.SHORT_WINDOW_MULTIPLE", 12)
         yield randomise(GPT(EVERYTHING, torch.float64)).double().eval()
