@@ -3,6 +3,7 @@
 NanochatError
   ConfigError          a field's value breaks a rule (also a ValueError, so that the command line shows it as usage)
   DataError            text, shards or conversations that cannot be used
+    AbsentFileError      a file that a split needs is not where it was looked for
     DamagedFileError     a file of a run directory that is cut short or changed (also a ValueError)
   TokenizerMismatchError  two artifacts were made with different tokenizers
   CheckpointError      a checkpoint or run directory that is missing, damaged or of another kind
@@ -41,6 +42,10 @@ class ConfigError(NanochatError, ValueError):
 
 class DataError(NanochatError):
     """Input data that cannot be used; the message names the file and, where there is one, the row group."""
+
+
+class AbsentFileError(DataError):
+    """A file that is not where it was looked for."""
 
 
 class DamagedFileError(DataError, ValueError):

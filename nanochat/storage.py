@@ -132,7 +132,7 @@ def write_json(path: str, value: Any) -> None:
     """Write a value as indented JSON, atomically; NaN and infinity are refused."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
     with atomic_write(path) as file:
-        file.write(text.encode() + b"\n")
+        file.write(text.encode("utf-8", "replace") + b"\n")  # a text may hold half of a surrogate pair
 
 
 def read_json(path: str) -> Any:
@@ -148,7 +148,7 @@ def append_jsonl(path: str, record: dict[str, Any]) -> None:
     """Append one line to a JSONL file (object stores: rewritten whole, so keep such files small)."""
     fs, inner = filesystem(path)
     fs.makedirs(os.path.dirname(inner), exist_ok=True)
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
     if isinstance(fs, LocalFileSystem):
         with open(inner, "a+b") as file:
             if file.tell() > 0:

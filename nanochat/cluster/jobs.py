@@ -28,8 +28,9 @@ from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
 from nanochat.provenance import begin_stage, check_stage
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
-from nanochat.tasks.mixture import MixtureSource, load_mixture
+from nanochat.tasks.mixture import MixtureSource, load_mixture, parse_part
 from nanochat.tasks.mixture_shards import write_mixture_shards
+from nanochat.tasks.task import Excerpt
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, problem_with, step_folder
 from nanochat.training.metrics import progress_line
@@ -137,7 +138,8 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
     )
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
-        worker = functools.partial(sft_worker, source, base)
+        held_out = [Excerpt(task, max(1, config.chat_problems)) for task in mixture.held_out]
+        worker = functools.partial(sft_worker, held_out, base)
         return train_on_ray(config, sft.plan, cluster, shards, folder.tokenizer, folder.sft, watch, worker)
 
     checkpoint, _ = _watched(folder.sft, sft.plan.num_steps, terminal, train)
@@ -151,9 +153,9 @@ def evaluate_models(
     """Score models on actors and show a table; returns each model's results. Any number of actors gives the same."""
     gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
     actors = config.actors or max(1, gpus)
+    config = replace(config, models=config.models or (() if config.hf else ("sft",)))
     models = [named_model(run_dir, name) for name in config.models]
-    trained = storage.read_json(path) if storage.exists(path := RunFolder(run_dir).sft.config) else {}
-    if config.identity is None and (character := trained.get("config", {}).get("sft", {}).get("identity")):
+    if config.identity is None and "sft" in config.models and (character := trained_character(run_dir)):
         config = replace(config, identity=character)
         terminal.line(f"identity   the character that was trained: {character}")
     if config.hf is not None:
@@ -166,6 +168,14 @@ def evaluate_models(
     for line in score_table(results):
         terminal.line(line)
     return results
+
+
+def trained_character(run_dir: str) -> str | None:
+    """Return the file of the character that the run's fine-tuning had, None for nanochat's own."""
+    path = RunFolder(run_dir).sft.config
+    sft = storage.read_json(path)["config"]["sft"] if storage.exists(path) else {"mixture": (), "identity": None}
+    parts = (parse_part(text, sft["identity"]) for text in sft["mixture"])
+    return next((part.path for part in parts if part.task == "identity"), None)
 
 
 def named_model(run_dir: str, name: str) -> Model:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError, NanochatError
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
-from nanochat.tasks.mixture import MixtureSource, load_mixture
+from nanochat.tasks.task import Task
 from nanochat.training.checkpoint import Checkpoint, problem_with, step_folder
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT
 from nanochat.training.loop import TrainingInputs
@@ -121,12 +121,12 @@ def pretrain_worker(job: "TrainJob") -> None:
     pretrain(job.config, run, inputs_of(job, run))
 
 
-def sft_worker(source: MixtureSource, base: Checkpoint, job: "TrainJob") -> None:
+def sft_worker(held_out: Sequence[Task], base: Checkpoint, job: "TrainJob") -> None:
     """Run fine-tuning as one worker of a Ray Train group."""
     run = worker_context(job)
     assert isinstance(job.config, SftConfig), "the job's stage is fine-tuning"
     inputs = inputs_of(job, run)
-    read = SftInputs(inputs.tokenizer, inputs.shards, inputs.stream, inputs.folder, base, load_mixture(source).held_out)
+    read = SftInputs(inputs.tokenizer, inputs.shards, inputs.stream, inputs.folder, base, held_out)
     finetune(job.config, run, read)
 
 

@@ -11,8 +11,8 @@ from nanochat.errors import ConfigError
 class EvaluationConfig:
     """Scores of one or more models, each with n and its standard error."""
 
-    models: tuple[str, ...] = ("sft",)
-    """Models to score: stages of the run directory (pretrain, sft) or checkpoint folders."""
+    models: tuple[str, ...] = ()
+    """Models to score: stages of the run directory (pretrain, sft) or checkpoint folders; none = sft, or hf alone."""
     hf: str | None = None
     """Folder of a local `transformers` model to score as well, on CORE."""
     tasks: tuple[str, ...] = ("arithmetic", "identity", "spelling")
@@ -51,7 +51,5 @@ class EvaluationConfig:
             found.append(f"samples={self.samples}: replies at temperature 0 are all the same. Set --temperature 1.")
         if self.hf and not self.core:
             found.append(f"hf={self.hf}: a transformers model is scored on CORE alone. Give a bundle with --core.")
-        if not (self.models or self.hf):
-            found.append("models=(): must name a model. For example sft.")
         if found:
             raise ConfigError(" ".join(found))

@@ -24,7 +24,7 @@ class SftConfig(TrainingConfig):
     task_mirror: str | None = None
     """Base URL to download tasks from, as MIRROR/TASK/FILE; none = their public homes."""
     validation_conversations: Identity[int] = 200
-    """Conversations of each task held out for validation, at most a twentieth of them."""
+    """Conversations of each task for validation: of its val split, or held out, at most a twentieth, from train."""
     base: Identity[str | None] = None
     """Checkpoint folder to begin from; none = the newest of the run directory's pretraining."""
 

@@ -26,7 +26,7 @@ import yaml
 from nanochat import storage
 from nanochat.errors import DataError, excerpt
 from nanochat.evaluation.scoring import Option, Score, Scorer, common_prefix
-from nanochat.evaluation.statistics import standard_error
+from nanochat.evaluation.statistics import centered, mean_of_centered, standard_error
 
 TABLE_NAME = "eval_meta_data.csv"
 NOT_CORE = "mmlu_fewshot"
@@ -154,17 +154,15 @@ def core_result(bundle: Bundle, outcomes: Mapping[str, Sequence[bool]]) -> dict[
         accuracy = sum(outcomes[label]) / n
         tasks[label] = {
             "accuracy": accuracy, "n": n, "stderr": standard_error(accuracy, n),
-            "centered": (accuracy - task.baseline) / (1 - task.baseline), "baseline": task.baseline,
+            "centered": centered(accuracy, task.baseline), "baseline": task.baseline,
             "kind": task.kind, "num_fewshot": task.num_fewshot, "rows": len(task.rows), "is_sample": task.is_sample,
         }  # fmt: skip
     if not tasks:
         raise DataError("outcomes: hold no result of any task. Score some examples first.")
     listed = len(bundle.tasks) + len(bundle.absent)
-    errors = [task["stderr"] / (1 - task["baseline"]) for task in tasks.values()]
     return {
         "title": _title(len(tasks), max(listed, len(BASELINES_1)), tasks.values()),
-        "value": sum(task["centered"] for task in tasks.values()) / len(tasks),
-        "stderr": sum(error**2 for error in errors) ** 0.5 / len(tasks),
+        **mean_of_centered([(task["accuracy"], task["n"], task["baseline"]) for task in tasks.values()]),
         "table_version": bundle.table_version,
         "absent": [label for label in (*bundle.tasks, *bundle.absent) if label not in tasks],
         "samples": [label for label, task in tasks.items() if task["is_sample"]],
@@ -258,7 +256,10 @@ def _baselines(folder: str, labels: Iterable[str]) -> dict[str, float]:
     if not storage.exists(path):
         raise DataError(f"baselines={path}: there is no such file. Take the one that belongs to the bundle.")
     reader = csv.DictReader(io.StringIO(_read_text(path)))
-    texts = {row.get("Eval Task"): (row.get("Random baseline"), reader.line_num) for row in reader}
+    try:
+        texts = {row.get("Eval Task"): (row.get("Random baseline"), reader.line_num) for row in reader}
+    except csv.Error as err:
+        raise DataError(f"baselines={path}: line {reader.line_num} is no CSV ({excerpt(err)}). Correct it.") from err
     baselines = {}
     for label in labels:
         text, line = texts.get(label, (None, 0))

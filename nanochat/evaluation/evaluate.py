@@ -6,6 +6,7 @@ to them, as long as it is about the same weights.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +19,13 @@ from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.training import TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import ConfigError
+from nanochat.errors import CheckpointError, ConfigError, DamagedFileError
 from nanochat.evaluation import core
 from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
 from nanochat.evaluation.chat import Verdict, judge
 from nanochat.evaluation.hf_model import HFScorer
 from nanochat.evaluation.scoring import GPTScorer, Scorer
-from nanochat.evaluation.statistics import pass_at_k, standard_error
+from nanochat.evaluation.statistics import centered, mean_of_centered, pass_at_k, standard_error
 from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext
@@ -64,6 +65,11 @@ class Item:
     task: str
     first: int = 0
     count: int = 0
+
+    @property
+    def result(self) -> tuple[str, str, str]:
+        """Which result it is a part of: a chat task's score, all of CORE, the bits per byte."""
+        return self.model, self.kind, self.task if self.kind == "chat" else ""
 
 
 class Evaluator:
@@ -110,6 +116,8 @@ class Evaluator:
         found = {}
         for text in self.config.tasks:
             label, task = self._task(text)
+            if label in found:
+                raise ConfigError(f"tasks={text}: {label} is there twice. Score them in two run directories.")
             found[label] = task if self.config.max_per_task is None else task.shuffled(self.config.seed)[
                 : self.config.max_per_task
             ]  # fmt: skip
@@ -176,28 +184,76 @@ def items_of(evaluator: Evaluator) -> Iterator[Item]:
 
 
 def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]:
-    """Score everything and return each model's results, which are also in evaluation/MODEL.json."""
+    """Score everything and return each model's results, which are in evaluation/MODEL.json as soon as they are there.
+
+    Raises: DamagedFileError, before anything is scored, if such a file is there and damaged.
+    """
+    kept = {name: _earlier(evaluator, name) for name in evaluator.models}
     items = list(items_of(evaluator))
-    outcomes: dict[str, dict[tuple[str, str], list[Any]]] = {name: {} for name in evaluator.models}
+    found: dict[str, list[Any]] = {}
     for number, (item, outcome) in enumerate(zip(items, run.map(evaluator, items), strict=True), start=1):
-        outcomes[item.model].setdefault((item.kind, item.task), []).extend(outcome)
+        found.setdefault(item.task, []).extend(outcome)
         run.progress(f"evaluation {number}/{len(items)}: {item.model}, {item.task}")
-    return {name: _keep(evaluator, name, results_of(evaluator, found)) for name, found in outcomes.items()}
+        following = items[number] if number < len(items) else None
+        if following is None or following.result != item.result:
+            kept[item.model] = _keep(evaluator, kept[item.model], item, found)
+            found = {}
+    return kept
 
 
-def results_of(evaluator: Evaluator, outcomes: dict[tuple[str, str], list[Any]]) -> dict[str, Any]:
-    """Return one model's scores from the outcomes of its items, by (kind, task)."""
-    results: dict[str, Any] = {"chat": {}}
-    of_core = {task: found for (kind, task), found in outcomes.items() if kind == "core"}
-    if of_core:
-        results["core"] = core.core_result(evaluator.bundle, of_core)
-    for (kind, label), found in outcomes.items():
-        if kind == "bits_per_byte":
-            results["bits_per_byte"] = bits_per_byte(sum(found[0::2]), sum(found[1::2]))
-        elif kind == "chat":
-            score = chat_score(evaluator.tasks[label], found, evaluator.config.samples)
-            results["chat"][label] = score | {"settings": {name: getattr(evaluator.config, name) for name in SETTINGS}}
-    return results
+def _keep(evaluator: Evaluator, before: dict[str, Any], item: Item, found: dict[str, list[Any]]) -> dict[str, Any]:
+    """Add the result that ends with an item, from its outcomes by task, to what a model's file has; return it all."""
+    config = evaluator.config
+    new: dict[str, Any] = {}
+    if item.kind == "core":
+        new["core"] = core.core_result(evaluator.bundle, found)
+    elif item.kind == "bits_per_byte":
+        counts = found[item.task]
+        new["bits_per_byte"] = bits_per_byte(sum(counts[0::2]), sum(counts[1::2]))
+        if not math.isfinite(new["bits_per_byte"]):
+            raise CheckpointError(
+                f"bits_per_byte={new['bits_per_byte']}: {item.model} computes no numbers. Its weights are damaged."
+            )
+    else:
+        score = chat_score(evaluator.tasks[item.task], found[item.task], config.samples)
+        score["settings"] = {name: getattr(config, name) for name in SETTINGS}
+        new["chat"] = before["chat"] | {item.task: score}
+        new["chat_core"] = chat_core(new["chat"], score["settings"])
+    kept = before | new | {"config": asdict(config)}
+    storage.write_json(scores_path(evaluator.folder, item.model), kept)
+    return kept
+
+
+def _earlier(evaluator: Evaluator, name: str) -> dict[str, Any]:
+    """Return what evaluation/MODEL.json has of the same weights."""
+    path, checkpoint = scores_path(evaluator.folder, name), evaluator.models[name].checkpoint
+    model = {
+        "chat": {},
+        "weights": Checkpoint(checkpoint).weights_sha256 if checkpoint else evaluator.config.hf,
+        "checkpoint": checkpoint or evaluator.config.hf,
+    }
+    before = read_scores(path) if storage.exists(path) else model
+    if before["weights"] != model["weights"]:
+        evaluator.run.progress(f"{path}: earlier scores were of other weights, and go")
+        return model
+    return before | {"checkpoint": model["checkpoint"]}
+
+
+def scores_path(folder: RunFolder, name: str) -> str:
+    """Return where a model's scores lie."""
+    return storage.join(folder.evaluation.root, f"{name}.json")
+
+
+def read_scores(path: str) -> dict[str, Any]:
+    """Read a model's scores. Raises: DamagedFileError if the file is none of ours."""
+    found = storage.read_json(path)
+    scores = found.get("chat") if isinstance(found, dict) and "weights" in found else None
+    known = isinstance(scores, dict) and all(
+        isinstance(score, dict) and {"settings", "examples"} <= score.keys() for score in scores.values()
+    )
+    if not known:
+        raise DamagedFileError(f"scores={path}: has not what evaluate.py writes. Delete it, or put it back.")
+    return found
 
 
 def chat_score(task: Task, verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
@@ -217,69 +273,61 @@ def chat_score(task: Task, verdicts: Sequence[Verdict], samples: int) -> dict[st
     }
     return {
         "accuracy": accuracy, "n": n, "stderr": standard_error(accuracy, n), "chance": task.chance,
-        "centered": (accuracy - task.chance) / (1 - task.chance),
+        "centered": centered(accuracy, task.chance),
     } | (by_k if samples > 1 else {}) | {"examples": shown}  # fmt: skip
 
 
-def chat_core(scores: dict[str, Any]) -> dict[str, Any] | None:
+def chat_core(scores: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
     """Return ChatCORE, the mean centred accuracy of its tasks, named by how many of them are there; None of none.
 
-    Only scores of the same settings as the last one are taken together.
+    Scores of other settings stay out.
     """
-    there = [scores[task] for task in CHAT_CORE if task in scores]
-    there = [score for score in there if score["settings"] == list(scores.values())[-1]["settings"]]
+    there = [scores[task] for task in CHAT_CORE if task in scores and scores[task]["settings"] == settings]
     if not there:
         return None
     title = "ChatCORE" if len(there) == len(CHAT_CORE) else f"ChatCORE on {len(there)} of {len(CHAT_CORE)} tasks"
-    errors = [score["stderr"] / (1 - score["chance"]) for score in there]
-    return {
-        "title": title,
-        "value": sum(score["centered"] for score in there) / len(there),
-        "stderr": sum(error**2 for error in errors) ** 0.5 / len(there),
-    }
+    return {"title": title} | mean_of_centered([(score["accuracy"], score["n"], score["chance"]) for score in there])
+
+
+def score_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each score: its name, what chance gives, and each model's accuracy or value, n and error."""
+    rows: dict[str, dict[str, Any]] = {}
+
+    def put(label: str, model: str, value: dict[str, Any], chance: float | None) -> None:
+        rows.setdefault(label, {"name": label, "chance": chance, "values": {}})["values"][model] = value
+
+    for model, found in results.items():
+        for label, score in found["chat"].items():
+            put(label, model, score, score["chance"])
+            for name in (name for name in score if name.startswith("pass_at_")):
+                put(f"{label} {name.replace('_', ' ')}", model, {"accuracy": score[name], "n": score["n"]}, None)
+        if found.get("chat_core"):
+            put(found["chat_core"]["title"], model, found["chat_core"], 0.0)
+        if "core" in found:
+            put(f"{found['core']['title']}, baselines {found['core']['table_version']}", model, found["core"], 0.0)
+            for label, score in found["core"]["tasks"].items():
+                put(f"CORE {label}", model, score, score["baseline"])
+        if "bits_per_byte" in found:
+            put("bits per byte", model, {"value": found["bits_per_byte"]}, None)
+    return list(rows.values())
 
 
 def score_table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Return lines for the terminal: a row for each score, a column for each model, with its standard error."""
-    rows: dict[str, dict[str, str]] = {}
-    for name, found in results.items():
-        for label, score in found["chat"].items():
-            rows.setdefault(label, {})[name] = _with_error(score)
-            for by_k in (key for key in score if key.startswith("pass_at_")):
-                rows.setdefault(f"{label} {by_k.replace('_', ' ')}", {})[name] = f"{score[by_k]:.1%} (n={score['n']})"
-        for label, score in found.get("core", {}).get("tasks", {}).items():
-            rows.setdefault(f"core {label}", {})[name] = _with_error(score)
-        for score in (found.get("chat_core"), found.get("core")):
-            if score is not None:
-                rows.setdefault(score["title"], {})[name] = f"{score['value']:.4f} +- {score['stderr']:.4f}"
-        if "core" in found:
-            rows.setdefault("baseline table version", {})[name] = found["core"]["table_version"]
-        if "bits_per_byte" in found:
-            rows.setdefault("bits per byte", {})[name] = f"{found['bits_per_byte']:.4f}"
-    first = max(map(len, rows), default=0) + 2
-    lines = ["".ljust(first) + "".join(name.ljust(26) for name in results)]
-    return lines + [
-        label.ljust(first) + "".join(texts.get(name, "-").ljust(26) for name in results)
-        for label, texts in rows.items()
-    ]
+    """Return lines for the terminal: a row for each score, columns for chance and each model."""
 
+    def text(score: dict[str, Any] | None) -> str:
+        if score is None:
+            return "-"
+        form = "{:.1%}" if "accuracy" in score else "{:.4f}"
+        error = f" +- {form.format(score['stderr'])}" if "stderr" in score else ""
+        count = f" (n={score['n']})" if "n" in score else ""
+        return form.format(score.get("accuracy", score.get("value"))) + error + count
 
-def _with_error(score: dict[str, Any]) -> str:
-    return f"{score['accuracy']:.1%} +- {score['stderr']:.1%} (n={score['n']})"
-
-
-def _keep(evaluator: Evaluator, name: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Add results to what evaluation/MODEL.json has of the same weights, and return it all."""
-    path = storage.join(evaluator.folder.evaluation.root, f"{name}.json")
-    checkpoint = evaluator.models[name].checkpoint
-    model = {"weights": Checkpoint(checkpoint).weights_sha256 if checkpoint else evaluator.config.hf}
-    before = storage.read_json(path) if storage.exists(path) else {}
-    if before.get("weights") != model["weights"]:
-        if before:
-            evaluator.run.progress(f"{path}: earlier scores were of other weights, and go")
-        before = {"chat": {}}
-    model["checkpoint"] = checkpoint or evaluator.config.hf
-    chat = {label: score for label, score in before["chat"].items() if label not in results["chat"]} | results["chat"]
-    kept = before | results | model | {"chat": chat, "chat_core": chat_core(chat), "config": asdict(evaluator.config)}
-    storage.write_json(path, kept)
-    return kept
+    rows = score_rows(results)
+    first = max((len(row["name"]) for row in rows), default=0) + 2
+    lines = ["".ljust(first) + "chance".ljust(9) + "".join(name.ljust(26) for name in results)]
+    for row in rows:
+        chance = "-" if row["chance"] is None else f"{row['chance']:.1%}"
+        values = "".join(text(row["values"].get(name)).ljust(26) for name in results)
+        lines.append(row["name"].ljust(first) + chance.ljust(9) + values)
+    return lines

@@ -10,6 +10,7 @@ Source of the comparison by mean nats: llm-foundry, as DCLM (arXiv:2406.11794) u
 Not covered: prefixes shared between groups.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import DataError
+from nanochat.errors import CheckpointError, DataError
 from nanochat.inference.kv_cache import KVCache
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import CHUNK_TOKENS
@@ -117,8 +118,10 @@ def judged(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score_of(nats: Sequence[float], greedy: Sequence[bool]) -> Score:
-    """Return the score of an option from its tokens'."""
-    return Score(sum(nats) / len(nats), all(greedy))
+    """Return the score of an option from its tokens'. Raises: CheckpointError if they are no numbers."""
+    if math.isnan(mean_nats := sum(nats) / len(nats)):
+        raise CheckpointError("nats=nan: the model computes no numbers. Its weights are damaged; score another one.")
+    return Score(mean_nats, all(greedy))
 
 
 @dataclass(frozen=True)

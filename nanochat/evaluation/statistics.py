@@ -4,6 +4,7 @@ Source: the unbiased pass@k: Chen et al., 2021, arXiv 2107.03374, section 2.1.
 """
 
 import math
+from collections.abc import Sequence
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -16,3 +17,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def standard_error(accuracy: float, n: int) -> float:
     """Return the standard error of an accuracy, from 0 to 1, of n independent problems."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+def centered(accuracy: float, chance: float) -> float:
+    """Return an accuracy on the scale where a guess gives 0 and knowledge 1."""
+    return (accuracy - chance) / (1 - chance)
+
+
+def mean_of_centered(accuracies: Sequence[tuple[float, int, float]]) -> dict[str, float]:
+    """Return mean and standard error of centred accuracies from (accuracy, n, chance) of independent tasks."""
+    errors = [standard_error(accuracy, n) / (1 - chance) for accuracy, n, chance in accuracies]
+    return {
+        "value": sum(centered(accuracy, chance) for accuracy, _, chance in accuracies) / len(accuracies),
+        "stderr": sum(error**2 for error in errors) ** 0.5 / len(errors),
+    }

@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from nanochat import storage
+from nanochat.evaluation.evaluate import read_scores, score_rows, scores_path
 from nanochat.pages.charts import Series, line_chart, smooth
 from nanochat.storage import RunFolder
 
@@ -16,47 +17,23 @@ Record = dict[str, Any]
 def chat_values(folder: RunFolder) -> Record:
     """Return what the report's sections on fine-tuning and scores show; empty where a stage has not run."""
     records = storage.read_jsonl(folder.sft.metrics)
-    models = read_scores(folder)
+    models = read_models(folder)
     return {
         "sft": storage.read_json(folder.sft.config)["resolved"] if storage.exists(folder.sft.config) else None,
         "sft_charts": sft_charts(records) if records else [],
         "answers": storage.read_jsonl(folder.sft.samples)[::-1],
-        "models": [name for name, _ in models],
+        "models": list(models),
         "scores": score_rows(models),
-        "problems": {name: shown_problems(found) for name, found in models if name != "pretrain"},
+        "problems": {name: shown_problems(found) for name, found in models.items() if name != "pretrain"},
     }
 
 
-def read_scores(folder: RunFolder) -> list[tuple[str, Record]]:
-    """Return (model, its evaluation/MODEL.json) of every model, the base model first."""
+def read_models(folder: RunFolder) -> dict[str, Record]:
+    """Return each model's evaluation/MODEL.json, the base model first. Raises: DamagedFileError naming the file."""
     root = folder.evaluation.root
     names = [name.removesuffix(".json") for name in storage.list_names(root) if name.endswith(".json")]
     names.sort(key=lambda name: (name != "pretrain", name))
-    return [(name, storage.read_json(storage.join(root, f"{name}.json"))) for name in names]
-
-
-def score_rows(models: list[tuple[str, Record]]) -> list[Record]:
-    """Return a row for each score: its name, what chance gives, and each model's accuracy, n and standard error."""
-    rows: dict[str, Record] = {}
-
-    def put(label: str, model: str, value: Record, chance: float | None) -> None:
-        rows.setdefault(label, {"name": label, "chance": chance, "values": {}})["values"][model] = value
-
-    for model, found in models:
-        for label, score in found["chat"].items():
-            put(label, model, score, score["chance"])
-            for name in (name for name in score if name.startswith("pass_at_")):
-                put(f"{label} {name.replace('_', ' ')}", model, {"accuracy": score[name], "n": score["n"]}, None)
-        if found.get("chat_core"):
-            put(found["chat_core"]["title"], model, {"value": found["chat_core"]["value"]}, 0.0)
-        if "core" in found:
-            core = found["core"]
-            put(f"{core['title']}, baselines {core['table_version']}", model, {"value": core["value"]}, 0.0)
-            for label, score in core["tasks"].items():
-                put(f"CORE {label}", model, score, score["baseline"])
-        if "bits_per_byte" in found:
-            put("bits per byte", model, {"value": found["bits_per_byte"]}, None)
-    return list(rows.values())
+    return {name: read_scores(scores_path(folder, name)) for name in names}
 
 
 def shown_problems(found: Record) -> dict[str, list[Record]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from nanochat.data.conversations import Conversation, Part, exchange
-from nanochat.tasks.gsm8k import extract_answer, same_number
+from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.task import Task, of_split
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class GeneratedTask(Task):
     """The splits it has and their lengths; `conversation` takes indices beyond them, too."""
 
     def __init__(self, split: str) -> None:
+        """Take one of the splits. Raises: ConfigError naming those that there are."""
         self.split, self._size = split, of_split(self.name, split, self.sizes)
 
     def __len__(self) -> int:
@@ -118,15 +119,7 @@ class Arithmetic(GeneratedTask):
         parts.append(Part("text", f" {answer} {unit.format(**words)}.\n#### {answer}"))
         return exchange(question.format(**words, **numbers), parts, number=answer)
 
-    def reward(self, conversation: Conversation, reply: str) -> float:
-        """Return 1 if the reply's last `####` number is the answer, else 0."""
-        answer = extract_answer(reply)
-        return float(answer is not None and same_number(answer, conversation.facts["number"]))
-
-
-def load_arithmetic(split: str) -> Arithmetic:
-    """Return a split. Raises: ConfigError naming the splits there are if it is none of them."""
-    return Arithmetic(split)
+    reward = staticmethod(GSM8K.reward)
 
 
 def group_of(left: str, right: str) -> str:

@@ -26,7 +26,8 @@ ANSWER = re.compile(r"####\s*([-$]*+[.,]*+\d[\d.,]*+)(?!/\d)", re.ASCII)
 class GSM8K(ListedTask):
     """Maths problems; `facts` have `number`, the right answer."""
 
-    def reward(self, conversation: Conversation, reply: str) -> float:
+    @staticmethod
+    def reward(conversation: Conversation, reply: str) -> float:
         """Return 1 if the last `####` number is the right one, else 0."""
         found = extract_answer(reply)
         return float(found is not None and same_number(found, conversation.facts["number"]))

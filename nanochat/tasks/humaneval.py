@@ -21,7 +21,8 @@ FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 class HumanEval(ListedTask):
     """Functions to write; `facts` have `task_id`, `prompt`, `entry_point` and `test`."""
 
-    def reward(self, conversation: Conversation, reply: str) -> float:
+    @staticmethod
+    def reward(conversation: Conversation, reply: str) -> float:
         """Return 1 if the reply's code passes the tests in the sandbox, else 0."""
         proof = secrets.token_hex(16)  # a reply that calls exit() ends well, too, but before this is printed
         outcome = run_python(f"{program(conversation, reply)}print('{proof}')\n")

@@ -1,9 +1,9 @@
 """Tasks with epochs or shares to one shuffled list of conversations, the same on every machine.
 
 `gsm8k*4` takes every conversation four times, `smoltalk~0.5` as many as make up half of the whole. Only training splits
-may enter, and of those the conversations that `held_out` gives to validation stay out before anything is repeated, with
-every other that asks the same (of tasks of up to COMPARED conversations). With `joined` a share of them goes on with
-another one in the same conversation, where both fit into a row.
+may enter. A task is validated on its val split, or without one on a share of train, which stays out before anything is
+repeated; so does every conversation that asks the same in any turn (of tasks of up to COMPARED conversations). With
+`joined` a share of them goes on with another one in the same conversation, where both fit into a row.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 from nanochat import storage
 from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation
-from nanochat.errors import ConfigError
+from nanochat.errors import AbsentFileError, ConfigError
 from nanochat.tasks.registry import load_task
 from nanochat.tasks.task import Selection, Task, TaskFiles
 
@@ -72,10 +72,14 @@ class MixtureSource:
         inside = (storage.join(path, name) for path in named if isdir(path) for name in storage.list_names(path))
         return [path for path in (*named, *inside) if isfile(path)]
 
-    def task(self, part: MixturePart) -> Task:
-        """Return a part's training split."""
+    def tasks(self, part: MixturePart) -> tuple[Task, Task | None]:
+        """Return a part's training split, and its val split if it has one."""
         files = TaskFiles(folder=self.folder, path=part.path, mirror=self.mirror, malformed=self.malformed)
-        return load_task(part.task, "train", files)
+        train = load_task(part.task, "train", files)
+        try:
+            return train, load_task(part.task, "val", files)
+        except (ConfigError, AbsentFileError):
+            return train, None
 
 
 def parse_part(text: str, identity: str | None = None) -> MixturePart:
@@ -99,22 +103,29 @@ def parse_part(text: str, identity: str | None = None) -> MixturePart:
 class Mixture(Sequence[Conversation]):
     """The conversations to train on, repeated and shuffled, and those held out from them."""
 
-    def __init__(self, source: MixtureSource, tasks: Sequence[Task]) -> None:
-        """Mix the parts' tasks, in the source's order. Raises: ConfigError if one is no training split or empty."""
+    def __init__(self, source: MixtureSource, tasks: Sequence[tuple[Task, Task | None]]) -> None:
+        """Mix the parts' tasks, (train, val if there is one), in the source's order.
+
+        Raises: ConfigError if one is another split or empty.
+        """
         kept: list[Task] = []
         self.held_out: list[Task] = []
         """Of each task the conversations that stay out."""
-        for task in tasks:
-            if task.split != "train":
-                raise ConfigError(f"mixture={task.name}: its {task.split} split is for scores. Train on a train split.")
+        for task, val in tasks:
+            if task.split != "train" or (val is not None and val.split != "val"):
+                split = task.split if val is None or task.split != "train" else val.split
+                raise ConfigError(f"mixture={task.name}: its {split} split is for scores. Train on a train split.")
             if len(task) < 2:
                 raise ConfigError(
                     f"mixture={task.name}: has {len(task)} conversations, at least 2 are needed. Add some."
                 )
-            count = max(1, min(source.validation_conversations, len(task) // VALIDATION_SHARE))
-            shuffled = task.shuffled(source.seed)
-            held_out = shuffled[len(task) - count :]
-            kept.append(_without_questions_of(held_out, shuffled[: len(task) - count]))
+            shuffled, most = task.shuffled(source.seed), source.validation_conversations
+            if val is None:
+                count = max(1, min(most, len(task) // VALIDATION_SHARE))
+                held_out, shuffled = shuffled[len(task) - count :], shuffled[: len(task) - count]
+            else:
+                held_out = val.shuffled(source.seed)[:most]
+            kept.append(_without_questions_of(held_out, shuffled))
             self.held_out.append(held_out)
         self.tasks = kept
         self._places = _places([len(task) for task in kept], source)
@@ -156,11 +167,15 @@ class Mixture(Sequence[Conversation]):
 
 
 def _without_questions_of(held_out: Task, task: Task) -> Task:
-    """Leave out the conversations whose last question is held out."""
+    """Leave out the conversations that ask, in any turn, what is held out."""
+
+    def questions(conversation: Conversation) -> set[str]:
+        return {message.text.casefold() for message in conversation.messages if message.role == "user"}
+
     if len(task) > COMPARED:
         return task
-    asked = {conversation.messages[-2].text.casefold() for conversation in held_out}
-    indices = [index for index, one in enumerate(task) if one.messages[-2].text.casefold() not in asked]
+    asked = set[str]().union(*map(questions, held_out))
+    indices = [index for index, one in enumerate(task) if asked.isdisjoint(questions(one))]
     if not indices:
         raise ConfigError(f"mixture={task.name}: asks nothing but what is held out from it. Add other conversations.")
     return Selection(task, indices)
@@ -182,4 +197,4 @@ def _places(sizes: Sequence[int], source: MixtureSource) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def load_mixture(source: MixtureSource) -> Mixture:
     """Return the mixture of a source, loaded once in a process."""
-    return Mixture(source, [source.task(part) for part in source.parts])
+    return Mixture(source, [source.tasks(part) for part in source.parts])

@@ -37,7 +37,8 @@ class MultipleChoice(ListedTask):
         super().__init__(name, split, conversations)
         self.chance = fmean(1 / len(conversation.facts["letters"]) for conversation in conversations)
 
-    def reward(self, conversation: Conversation, reply: str) -> float:
+    @staticmethod
+    def reward(conversation: Conversation, reply: str) -> float:
         """Return 1 if the reply's first word is the right letter, else 0."""
         first = re.search(r"\w+", reply)
         return float(first is not None and first[0] == conversation.facts["answer"])

@@ -4,21 +4,21 @@ import difflib
 from collections.abc import Callable
 
 from nanochat.errors import ConfigError
-from nanochat.tasks.arithmetic import load_arithmetic
+from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.conversation_files import load_messages, load_smoltalk
 from nanochat.tasks.gsm8k import load_gsm8k
 from nanochat.tasks.humaneval import load_humaneval
 from nanochat.tasks.identity import load_identity
 from nanochat.tasks.multiple_choice import load_arc_challenge, load_arc_easy, load_mmlu
-from nanochat.tasks.spelling import load_spelling
+from nanochat.tasks.spelling import Spelling
 from nanochat.tasks.task import Task, TaskFiles
 
 Loader = Callable[[str, TaskFiles], Task]
 
 LOADERS: dict[str, Loader] = {
-    "arithmetic": lambda split, files: load_arithmetic(split),
+    "arithmetic": lambda split, files: Arithmetic(split),
     "identity": lambda split, files: load_identity(split, files.path),
-    "spelling": lambda split, files: load_spelling(split),
+    "spelling": lambda split, files: Spelling(split),
     "gsm8k": load_gsm8k,
     "mmlu": load_mmlu,
     "arc_easy": load_arc_easy,

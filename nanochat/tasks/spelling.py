@@ -1,7 +1,7 @@
 """Words to their letters: spell a word, or count a letter in it by spelling, counting and a check with the calculator.
 
 A model reads pieces of words and never sees their letters; it has to learn what each piece is made of. Half of the
-words are common ones, half are made of syllables. A hash of the word says whether it is in train or in test.
+words are common ones, half are made of syllables. A hash of the word says whether it is in train, val or test.
 
 Source: SpellingBee of karpathy/nanochat tasks/spellingbee.py@92d63d4, whose words are a downloaded list.
 Not covered: capitals, letters with accents, words of more than MAX_LETTERS letters.
@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from nanochat.data.conversations import Conversation, Part, exchange
 from nanochat.tasks.arithmetic import Draws, GeneratedTask, wording
-from nanochat.tasks.gsm8k import extract_answer, same_number
+from nanochat.tasks.gsm8k import GSM8K
+from nanochat.tasks.task import Task
 
 MAX_LETTERS = 12
 
@@ -22,7 +23,7 @@ class Spelling(GeneratedTask):
     """Spelling and counting letters, half of each; facts["number"] is the count."""
 
     name = "spelling"
-    sizes: ClassVar[Mapping[str, int]] = {"train": 2_000, "test": 500}
+    sizes: ClassVar[Mapping[str, int]] = {"train": 2_000, "val": 200, "test": 500}
 
     def conversation(self, index: int) -> Conversation:
         """Return a question and its answer."""
@@ -45,22 +46,16 @@ class Spelling(GeneratedTask):
         )
         return exchange(draws.choice(texts["count"]).format(word=word, letter=letter), parts, number=count)
 
-    def reward(self, conversation: Conversation, reply: str) -> float:
+    @staticmethod
+    def reward(conversation: Conversation, reply: str) -> float:
         """Return 1 if the letters are exactly the word's, or the last `####` number is the count, else 0."""
-        if "number" not in conversation.facts:
-            return super().reward(conversation, reply)
-        found = extract_answer(reply)
-        return float(found is not None and same_number(found, conversation.facts["number"]))
-
-
-def load_spelling(split: str) -> Spelling:
-    """Return a split. Raises: ConfigError naming the splits there are if it is none of them."""
-    return Spelling(split)
+        return (GSM8K if "number" in conversation.facts else Task).reward(conversation, reply)
 
 
 def group_of(word: str) -> str:
-    """Return the split that a word belongs to: a fifth of all are test's."""
-    return "test" if hashlib.sha256(word.encode()).digest()[0] % 5 == 0 else "train"
+    """Return the split that a word belongs to: a fifth of all are test's, a tenth val's."""
+    tenth = hashlib.sha256(word.encode()).digest()[0] % 10
+    return {0: "test", 5: "test", 1: "val"}.get(tenth, "train")
 
 
 def _draw_word(draws: Draws, texts: Mapping[str, Any]) -> str:

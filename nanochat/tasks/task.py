@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from nanochat import storage
 from nanochat.data.conversations import Conversation
 from nanochat.data.download import download
-from nanochat.errors import ConfigError, DataError, excerpt
+from nanochat.errors import AbsentFileError, ConfigError, DataError, excerpt
 
 T = TypeVar("T")
 
@@ -44,8 +44,9 @@ class Task(Sequence[Conversation], ABC):
     def conversation(self, index: int) -> Conversation:
         """Return one conversation, 0 <= index < len."""
 
-    def reward(self, conversation: Conversation, reply: str) -> float:
-        """Return how good a reply's text is, from 0 to 1."""
+    @staticmethod
+    def reward(conversation: Conversation, reply: str) -> float:
+        """Return how good a reply's text is, from 0 to 1; the conversation's facts say what is right."""
         return float(reply.strip() == conversation.messages[-1].text.strip())
 
     def evaluate(self, conversation: Conversation, reply: str) -> bool:
@@ -74,7 +75,7 @@ class Selection(Task):
     def __init__(self, task: Task, indices: Sequence[int]) -> None:
         self.task, self.indices = task, indices
         self.name, self.split, self.kind, self.chance = task.name, task.split, task.kind, task.chance
-        self.dropped = task.dropped
+        self.dropped, self.reward = task.dropped, task.reward
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -82,10 +83,6 @@ class Selection(Task):
     def conversation(self, index: int) -> Conversation:
         """Return the conversation that stands there."""
         return self.task.conversation(self.indices[index])
-
-    def reward(self, conversation: Conversation, reply: str) -> float:
-        """Judge as the whole task does."""
-        return self.task.reward(conversation, reply)
 
 
 class ListedTask(Task):
@@ -100,6 +97,14 @@ class ListedTask(Task):
     def conversation(self, index: int) -> Conversation:
         """Return the conversation that stands there."""
         return self.conversations[index]
+
+
+class Excerpt(ListedTask):
+    """The first conversations of a task without the rest of it, to be sent to other processes."""
+
+    def __init__(self, task: Task, count: int) -> None:
+        super().__init__(task.name, task.split, list(task[:count]))
+        self.kind, self.chance, self.reward = task.kind, task.chance, task.reward
 
 
 def of_split(task: str, split: str, choices: Mapping[str, T]) -> T:
@@ -126,7 +131,7 @@ class TaskFiles:
         """Return the local path of a task's file: downloaded as base_url/file, or the first of `names` below `path`.
 
         A `path` that is a file must bear one of the names, so that one split's file never passes for another's.
-        Raises: DataError if it is not there or cannot be fetched.
+        Raises: AbsentFileError if it is not there, DataError if it cannot be fetched.
         """
         if self.path is not None:
             names = names or [file]
@@ -135,7 +140,7 @@ class TaskFiles:
             for name in names:
                 if os.path.exists(found := os.path.join(self.path, name)):
                     return found
-            raise DataError(
+            raise AbsentFileError(
                 f"{task}={self.path}: is or has none of {', '.join(names)}. Name the folder that has it, or leave the "
                 "path out to download it."
             )

@@ -61,7 +61,7 @@ def finetune(ray_session, run_dir):
     from nanochat.cluster.session import ray_context
     from nanochat.cluster.trainer import sft_worker, train_on_ray
     from nanochat.data.tokenizer import Tokenizer
-    from nanochat.tasks.mixture import MixtureSource
+    from nanochat.tasks.mixture import MixtureSource, load_mixture
     from nanochat.tasks.mixture_shards import write_mixture_shards
     from nanochat.training.sft import resolve_sft
 
@@ -80,7 +80,7 @@ def finetune(ray_session, run_dir):
         shards = write_mixture_shards(source, ray_context(lambda line: None), tokenizer, 64, place.sft_shards)
 
         def plain(job):
-            sft_worker(source, base, job)
+            sft_worker(load_mixture(source).held_out, base, job)
 
         worker = plain if kills is None else worker_with(kills, marks, plain)
         cluster = ClusterConfig(num_workers=2, cpus_per_worker=0.5, max_failures=5)

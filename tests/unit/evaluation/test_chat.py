@@ -32,7 +32,8 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
 class Lengths(ListedTask):
     """A reply is right if it is at least as long as the number says."""
 
-    def reward(self, conversation: Conversation, reply: str) -> float:
+    @staticmethod
+    def reward(conversation: Conversation, reply: str) -> float:
         return float(len(reply) >= conversation.facts["number"])
 
 
@@ -131,31 +132,41 @@ def test_scores_are_counted_as_by_hand():
 
 
 def test_chat_core_is_the_mean_of_centred_scores_and_says_how_many():
-    score = {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.25, "centered": 1 / 3, "settings": {"seed": 0}}
-    assert chat_core({"arithmetic": score}) is None
-    found = chat_core({"gsm8k": score, "mmlu": score | {"centered": 0.0}, "arithmetic": score})
+    settings = {"seed": 0}
+    score = {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.25, "centered": 1 / 3, "settings": settings}
+    assert chat_core({"arithmetic": score}, settings) is None
+    found = chat_core({"gsm8k": score, "mmlu": score | {"accuracy": 0.25}, "arithmetic": score}, settings)
     assert found["title"] == "ChatCORE on 2 of 6 tasks"
     assert found["value"] == pytest.approx(1 / 6)
-    assert found["stderr"] == pytest.approx((2 * (0.25 / 0.75) ** 2) ** 0.5 / 2)
+    variances = (0.5 * 0.5 / 4, 0.25 * 0.75 / 4)
+    assert found["stderr"] == pytest.approx((sum(variances) / 0.75**2) ** 0.5 / 2)
     names = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
-    assert chat_core(dict.fromkeys(names, score))["title"] == "ChatCORE"
-    other = score | {"settings": {"seed": 1}}
-    assert chat_core({"gsm8k": score, "mmlu": other, "arc_easy": other})["title"] == "ChatCORE on 2 of 6 tasks"
+    assert chat_core(dict.fromkeys(names, score), settings)["title"] == "ChatCORE"
+    other = {"seed": 1}
+    mixed = {"gsm8k": score, "mmlu": score | {"settings": other}, "arc_easy": score | {"settings": other}}
+    assert chat_core(mixed, other)["title"] == "ChatCORE on 2 of 6 tasks"
+    assert chat_core(mixed, {"seed": 2}) is None
 
 
 def test_the_table_has_n_and_error_of_every_score():
     score = {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.25, "centered": 1 / 3}
-    lines = score_table({"pretrain": {"chat": {}}, "sft": {"chat": {"gsm8k": score}, "bits_per_byte": 1.5}})
-    assert lines[0].split() == ["pretrain", "sft"]
-    assert lines[1].split() == ["gsm8k", "-", "50.0%", "+-", "25.0%", "(n=4)"]
-    assert lines[2].split() == ["bits", "per", "byte", "-", "1.5000"]
+    core = {"title": "CORE on 1 of 22 tasks", "value": 0.125, "stderr": 0.0625, "table_version": "1", "tasks": {}}
+    sft = {"chat": {"gsm8k": score | {"pass_at_2": 0.75}}, "core": core, "bits_per_byte": 1.5}
+    lines = score_table({"pretrain": {"chat": {}}, "sft": sft})
+    assert [line.split() for line in lines] == [
+        ["chance", "pretrain", "sft"],
+        ["gsm8k", "25.0%", "-", "50.0%", "+-", "25.0%", "(n=4)"],
+        ["gsm8k", "pass", "at", "2", "-", "-", "75.0%", "(n=4)"],
+        [*"CORE on 1 of 22 tasks, baselines 1".split(), "0.0%", "-", "0.1250", "+-", "0.0625"],
+        ["bits", "per", "byte", "-", "-", "1.5000"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
         ({"samples": 4}, "samples=4: replies at temperature 0 are all the same"),
-        ({"models": ()}, "must name a model"),
+        ({"hf": "gpt2"}, "scored on CORE alone"),
         ({"max_per_task": 0}, "max_per_task=0: must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
     ],

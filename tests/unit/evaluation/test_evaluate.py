@@ -4,8 +4,9 @@ import pytest
 from small_bundle import write_bundle
 
 from nanochat.config.evaluation import EvaluationConfig
-from nanochat.errors import ConfigError
-from nanochat.evaluation.evaluate import Evaluator, Item, Model, _keep, items_of
+from nanochat.errors import ConfigError, DamagedFileError
+from nanochat.evaluation.chat import Verdict
+from nanochat.evaluation.evaluate import Evaluator, Item, Model, evaluate, items_of
 from nanochat.run_context import RunContext
 from nanochat.storage import read_json, write_json
 from nanochat.training.checkpoint import FORMAT_VERSION
@@ -19,24 +20,73 @@ def evaluator(run_dir, weights: str = "a", **changes) -> Evaluator:
     return Evaluator(config, RunContext(), str(run_dir), [Model("sft", checkpoint)])
 
 
-def score(centered: float) -> dict:
-    return {"accuracy": 0.5, "n": 4, "stderr": 0.25, "chance": 0.0, "centered": centered, "examples": {},
-            "settings": {}}  # fmt: skip
+def scores_of(run_dir, monkeypatch, verdicts, **changes) -> dict:
+    """Evaluate with verdicts made up for each item."""
+    one = evaluator(run_dir, **changes)
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, item: verdicts(item))
+    return evaluate(one, RunContext())["sft"]
 
 
-def test_scores_of_the_same_weights_add_up_and_of_others_replace_them(tmp_path):
-    same = evaluator(tmp_path)
-    _keep(same, "sft", {"chat": {"gsm8k": score(0.5)}, "bits_per_byte": 1.5})
-    kept = _keep(same, "sft", {"chat": {"mmlu": score(0.25)}})
-    assert kept["chat"].keys() == {"gsm8k", "mmlu"}
-    assert kept["bits_per_byte"] == 1.5
-    assert kept["chat_core"]["value"] == pytest.approx(0.375)
-    assert read_json(f"{tmp_path}/evaluation/sft.json")["chat"] == kept["chat"]
-    again = _keep(same, "sft", {"chat": {"gsm8k": score(0.0)}})
-    assert again["chat"]["gsm8k"]["centered"] == 0.0
-    other = _keep(evaluator(tmp_path, "b"), "sft", {"chat": {"mmlu": score(1.0)}})
-    assert other["chat"].keys() == {"mmlu"}
-    assert "bits_per_byte" not in other
+def all_right(item: Item) -> list:
+    return [Verdict(item.first + n, "q", "a", "r", True) for n in range(item.count)]
+
+
+def all_wrong(item: Item) -> list:
+    return [Verdict(item.first + n, "q", "a", "r", False) for n in range(item.count)]
+
+
+def test_scores_of_the_same_weights_add_up_and_of_others_replace_them(tmp_path, monkeypatch):
+    found = scores_of(tmp_path, monkeypatch, all_right, tasks=("spelling",), max_per_task=8)
+    assert found["chat"]["spelling"]["accuracy"] == 1.0
+    assert found["chat_core"]["value"] == 1.0
+    found = scores_of(tmp_path, monkeypatch, all_wrong, tasks=("arithmetic",), max_per_task=8)
+    assert {name: score["accuracy"] for name, score in found["chat"].items()} == {"spelling": 1.0, "arithmetic": 0.0}
+    assert read_json(f"{tmp_path}/evaluation/sft.json")["chat"] == found["chat"]
+    again = scores_of(tmp_path, monkeypatch, all_wrong, tasks=("spelling",), max_per_task=8)
+    assert again["chat"]["spelling"]["accuracy"] == again["chat_core"]["value"] == 0.0
+    other = scores_of(tmp_path, monkeypatch, all_right, weights="b", tasks=("arithmetic",), max_per_task=8)
+    assert other["chat"].keys() == {"arithmetic"}
+    assert other["chat_core"] is None or other["chat_core"]["value"] != 0.0
+
+
+def test_settings_stand_beside_each_score(tmp_path, monkeypatch):
+    changes = {"max_per_task": 8, "samples": 2, "temperature": 0.5, "max_new_tokens": 7, "seed": 3, "dtype": "float32"}
+    found = scores_of(tmp_path, monkeypatch, lambda item: all_right(item) * 2, **changes)
+    assert found["chat"]["spelling"]["settings"] == changes
+
+
+def test_what_was_scored_before_a_failure_stays(tmp_path, monkeypatch):
+    def broken(item: Item) -> list:
+        if item.task == "arithmetic":
+            raise KeyboardInterrupt
+        return all_right(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        scores_of(tmp_path, monkeypatch, broken, tasks=("spelling", "arithmetic"))
+    assert read_json(f"{tmp_path}/evaluation/sft.json")["chat"]["spelling"]["n"] == 500
+
+
+def test_texts_that_are_no_unicode_are_kept_as_far_as_they_go(tmp_path, monkeypatch):
+    lone = [Verdict(0, "half \ud83d", "a", "r", False)]
+    found = scores_of(tmp_path, monkeypatch, lambda item: lone, max_per_task=1)
+    assert found["chat"]["spelling"]["n"] == 1
+    written = read_json(f"{tmp_path}/evaluation/sft.json")["chat"]["spelling"]["examples"]["wrong"]
+    assert written[0]["question"] == "half ?"
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"chat": {"a": {}}, "weights": "a"}', '{"chat": {'])
+def test_a_stray_file_is_named_before_anything_is_scored(tmp_path, monkeypatch, text):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "sft.json").write_text(text)
+    asked = []
+    with pytest.raises(DamagedFileError, match=r"evaluation/sft\.json"):
+        scores_of(tmp_path, monkeypatch, asked.append)
+    assert not asked
+
+
+def test_a_task_that_is_named_twice_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="spelling is there twice"):
+        list(items_of(evaluator(tmp_path, tasks=("spelling", "spelling:test"))))
 
 
 def test_items_cover_every_problem_once(tmp_path):

@@ -60,13 +60,17 @@ def problem(question: str, reply: str, is_right: bool) -> dict[str, object]:
 
 
 def score(accuracy: float, n: int, right: list[dict[str, object]], wrong: list[dict[str, object]]) -> dict[str, object]:
-    return {"accuracy": accuracy, "n": n, "stderr": 0.0125, "chance": 0.25, "centered": 0.5,
+    return {"accuracy": accuracy, "n": n, "stderr": 0.0125, "chance": 0.25, "centered": 0.5, "settings": {},
             "examples": {"right": right, "wrong": wrong}}  # fmt: skip
 
 
 SCORES = {
-    "pretrain": {"chat": {"arithmetic": score(0.0125, 80, [], [problem("base?", "mumble", False)])}, "chat_core": None},
+    "pretrain": {
+        "weights": "a", "chat_core": None,
+        "chat": {"arithmetic": score(0.0125, 80, [], [problem("base?", "mumble", False)])},
+    },
     "sft": {
+        "weights": "b",
         "chat": {
             "arithmetic": score(0.9375, 80, [problem(f"sum {n}?", f"[{n}+1 = {n + 1}]", True) for n in range(5)],
                                 [problem("hard?", HOSTILE, False)]),

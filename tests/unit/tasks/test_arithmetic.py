@@ -6,7 +6,7 @@ import pytest
 
 from nanochat.errors import ConfigError
 from nanochat.inference.calculator import calculate
-from nanochat.tasks.arithmetic import LARGEST, Arithmetic, Draws, group_of, load_arithmetic, wording
+from nanochat.tasks.arithmetic import LARGEST, Arithmetic, Draws, group_of, wording
 
 SPLITS = tuple(Arithmetic.sizes)
 
@@ -33,7 +33,7 @@ def pairs(conversation):
 
 
 def first(split, count):
-    task = load_arithmetic(split)
+    task = Arithmetic(split)
     return [task.conversation(index) for index in range(count)]
 
 
@@ -90,7 +90,7 @@ PINNED = {
 
 @pytest.mark.parametrize(("split", "index"), PINNED)
 def test_a_problem_is_a_function_of_split_and_index(split, index):
-    problem = load_arithmetic(split).conversation(index)
+    problem = Arithmetic(split).conversation(index)
     assert (question(problem), solution(problem)) == PINNED[split, index]
 
 
@@ -164,7 +164,7 @@ def test_the_call_is_what_the_question_asks_for(split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_solutions_are_right_and_rewarded(split):
-    task = load_arithmetic(split)
+    task = Arithmetic(split)
     for problem in first(split, 150):
         results = calls(problem)
         assert len(results) == 2 if split.startswith("two_step") else len(results) in (1, 2)
@@ -203,4 +203,4 @@ def test_people_differ():
 
 def test_a_split_that_is_not_there():
     with pytest.raises(ConfigError, match=r"^split=tests: arithmetic has train and val and test .*two_step_test"):
-        load_arithmetic("tests")
+        Arithmetic("tests")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.config.sft import SftConfig
-from nanochat.data.conversations import as_messages, exchange, render
+from nanochat.data.conversations import Conversation, as_messages, exchange, render
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError, DataError
 from nanochat.run_context import RunContext
@@ -44,7 +44,7 @@ def source(*parts: MixturePart, **changes) -> MixtureSource:
 
 
 def mixed(*sizes_and_parts: tuple[int, MixturePart], **changes) -> Mixture:
-    tasks = [Numbers(part.task, size) for size, part in sizes_and_parts]
+    tasks = [(Numbers(part.task, size), None) for size, part in sizes_and_parts]
     return Mixture(source(*[part for _, part in sizes_and_parts], **changes), tasks)
 
 
@@ -143,13 +143,13 @@ class Repeating(Numbers):
 
 
 def test_a_question_that_is_held_out_is_asked_nowhere_else():
-    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=3), [Repeating("a", 200)])
+    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=3), [(Repeating("a", 200), None)])
     held_out = set(questions(mixture.validation()))
     assert 1 <= len(held_out) <= 3
     assert not held_out & set(questions(mixture))
     assert len(set(questions(mixture))) == 10 - len(held_out)
     with pytest.raises(ConfigError, match="asks nothing but what is held out"):
-        Mixture(source(MixturePart(task="a")), [SameQuestion("a", 40)])
+        Mixture(source(MixturePart(task="a")), [(SameQuestion("a", 40), None)])
 
 
 class SameQuestion(Numbers):
@@ -167,8 +167,40 @@ def test_tasks_are_spread_through_the_whole():
 
 @pytest.mark.parametrize("split", ["val", "test", "test_templates", "two_step", "two_step_test", "validation"])
 def test_only_training_splits_are_mixed(split):
-    with pytest.raises(ConfigError, match="Train on a train split"):
-        Mixture(source(MixturePart(task="a")), [Numbers("a", 30, split)])
+    with pytest.raises(ConfigError, match=f"its {split} split is for scores. Train on a train split"):
+        Mixture(source(MixturePart(task="a")), [(Numbers("a", 30, split), None)])
+    if split != "val":
+        with pytest.raises(ConfigError, match=f"its {split} split is for scores"):
+            Mixture(source(MixturePart(task="a")), [(Numbers("a", 30), Numbers("a", 30, split))])
+
+
+def test_a_val_split_is_what_is_held_out_and_train_stays_whole():
+    """But for the questions that both ask."""
+    train, val = Numbers("a", 40), Numbers("a", 60, "val")
+    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=7), [(train, val)])
+    held_out = questions(mixture.validation())
+    assert mixture.held_out[0].split == "val"
+    assert len(held_out) == 7
+    assert set(questions(mixture)) == {f"a {number}" for number in range(40)} - set(held_out)
+
+
+class TwoTurns(Numbers):
+    """Asks about its number and the next one."""
+
+    def conversation(self, index: int):
+        both = [exchange(f"{self.name} {number}", "yes").messages for number in (index, index + 1)]
+        return Conversation(both[0] + both[1])
+
+
+def test_what_is_held_out_is_asked_in_no_turn():
+    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=3), [(TwoTurns("a", 200), None)])
+
+    def asked(conversations):
+        return {message.text for one in conversations for message in one.messages if message.role == "user"}
+
+    assert len(asked(mixture.validation())) >= 4
+    assert not asked(mixture.validation()) & asked(mixture)
+    assert len(mixture) >= 200 - 3 * 3
 
 
 def test_every_task_of_the_registry_is_asked_for_its_training_split(monkeypatch):
@@ -178,7 +210,7 @@ def test_every_task_of_the_registry_is_asked_for_its_training_split(monkeypatch)
     def loader(name):
         def load(split, files):
             asked.append((name, split))
-            return Numbers(name, 40, split)
+            return Numbers(f"{name} {split}", 40, split)
 
         return load
 
@@ -186,8 +218,9 @@ def test_every_task_of_the_registry_is_asked_for_its_training_split(monkeypatch)
         monkeypatch.setitem(LOADERS, name, loader(name))
     config = SftConfig(mixture=tuple(f"{name}=/somewhere" for name in LOADERS))
     mixture = load_mixture.__wrapped__(MixtureSource.of(config, "x"))
-    assert asked == [(name, "train") for name in LOADERS]
-    assert len(mixture) == 38 * len(LOADERS)
+    assert asked == [(name, split) for name in LOADERS for split in ("train", "val")]
+    assert {task.split for task in mixture.tasks} == {"train"}
+    assert {task.split for task in mixture.held_out} == {"val"}
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "identity", "spelling"])

@@ -7,7 +7,7 @@ import pytest
 from nanochat.errors import ConfigError
 from nanochat.inference.calculator import calculate
 from nanochat.tasks.arithmetic import wording
-from nanochat.tasks.spelling import MAX_LETTERS, group_of, load_spelling
+from nanochat.tasks.spelling import MAX_LETTERS, Spelling, group_of
 
 WORDS = wording("spelling")["words"].split()
 
@@ -24,7 +24,7 @@ def read(conversation):
 
 
 def first(split, count):
-    task = load_spelling(split)
+    task = Spelling(split)
     return [task.conversation(index) for index in range(count)]
 
 
@@ -50,7 +50,7 @@ PINNED = {
 
 @pytest.mark.parametrize(("split", "index"), PINNED)
 def test_a_conversation_is_a_function_of_split_and_index(split, index):
-    conversation = load_spelling(split).conversation(index)
+    conversation = Spelling(split).conversation(index)
     assert (conversation.messages[0].text, [part.text for part in conversation.messages[1].parts]) == PINNED[
         split, index
     ]
@@ -59,7 +59,10 @@ def test_a_conversation_is_a_function_of_split_and_index(split, index):
 def test_words_of_test_are_never_in_train():
     train = {read(conversation)[0] for conversation in first("train", 20_000)}
     test = {read(conversation)[0] for conversation in first("test", 2_000)}
+    val = {read(conversation)[0] for conversation in first("val", 1_000)}
     assert not train & test
+    assert not val & (train | test)
+    assert len(val) > 250
     assert len(test) > 500
     assert train & set(WORDS)
     assert test & set(WORDS)
@@ -70,7 +73,7 @@ def test_words_of_test_are_never_in_train():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_solutions_are_right_and_rewarded(split):
-    task = load_spelling(split)
+    task = Spelling(split)
     kinds = {"spell": 0, "count": 0, "absent": 0}
     for conversation in first(split, 600):
         word, letter = read(conversation)
@@ -106,5 +109,5 @@ def test_solutions_are_right_and_rewarded(split):
 
 
 def test_a_split_that_is_not_there():
-    with pytest.raises(ConfigError, match=r"^split=val: spelling has train and test alone"):
-        load_spelling("val")
+    with pytest.raises(ConfigError, match=r"^split=dev: spelling has train and val and test alone"):
+        Spelling("dev")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 import re
 
 import pyarrow as pa
@@ -14,7 +15,9 @@ from nanochat.data.conversations import exchange
 from nanochat.errors import ConfigError, DataError
 from nanochat.tasks import task as task_module
 from nanochat.tasks.task import (
+    Excerpt,
     ListedTask,
+    Selection,
     Task,
     TaskFiles,
     of_split,
@@ -39,8 +42,9 @@ class Numbers(Task):
         assert 0 <= index < self.count
         return exchange(str(index), str(index))
 
-    def reward(self, conversation, reply):
-        return 0.5 if reply == "half" else super().reward(conversation, reply)
+    @staticmethod
+    def reward(conversation, reply):
+        return 0.5 if reply == "half" else Task.reward(conversation, reply)
 
 
 def numbers(task):
@@ -106,6 +110,14 @@ def test_a_listed_task_holds_its_conversations():
     task = ListedTask("listed", "train", [exchange("a", "b"), exchange("c", "d")])
     assert (len(task), task[-1], task[:1][0]) == (2, exchange("c", "d"), exchange("a", "b"))
     assert (task.name, task.split, task.kind, task.chance) == ("listed", "train", "generate", 0.0)
+
+
+def test_an_excerpt_travels_without_the_task_and_judges_as_it_does():
+    excerpt = pickle.loads(pickle.dumps(Excerpt(Selection(Numbers(10), [5, 3, 8]), 2)))
+    assert numbers(excerpt) == [5, 3]
+    assert (excerpt.name, excerpt.split, excerpt.kind, excerpt.chance) == ("numbers", "val", "choose", 0.25)
+    assert excerpt.reward(excerpt[0], "half") == 0.5
+    assert len(pickle.dumps(Excerpt(Numbers(10), 3))) < 2000
 
 
 def test_a_split_that_is_not_there_names_those_that_are():
