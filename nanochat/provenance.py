@@ -41,10 +41,15 @@ def check_stage(folder: str, configs: dict[str, Any], files: Sequence[str] = ())
     identity = {
         f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()
     }
-    identity |= {f"sha256 of {path}": storage.sha256_file(path)[:16] for path in files}
+    identity |= file_identity(files)
     if storage.exists(path := _config_in(folder)):
         refuse_other_identity(storage.read_json(path)["identity"], identity, folder)
     return identity
+
+
+def file_identity(files: Sequence[str]) -> dict[str, str]:
+    """Return what identifies the content of files."""
+    return {f"sha256 of {path}": storage.sha256_file(path)[:16] for path in files}
 
 
 def commit() -> str | None:

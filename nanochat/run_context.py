@@ -29,4 +29,6 @@ class RunContext:
     map: Map = field(default=map)
     """How independent items are worked on."""
     progress: Callable[[str], None] = field(default=lambda line: None)
-    """Shows a person one line about what is going on."""
+    """Shows a person one line about what is going on, which the next one replaces."""
+    note: Callable[[str], None] = field(default=lambda line: None)
+    """Tells a person what should be known afterwards, too."""

@@ -80,6 +80,13 @@ def list_names(folder: str) -> list[str]:
         return []
 
 
+def list_files(path: str) -> list[str]:
+    """Return the sorted paths of all files below a folder, or of a file itself; none if it does not exist."""
+    fs, inner = filesystem(path)
+    local = is_local(path)
+    return [name if local else fs.unstrip_protocol(name) for name in sorted(fs.find(inner))]
+
+
 def make_folder(folder: str) -> None:
     """Create a folder and its parents."""
     fs, inner = filesystem(folder)

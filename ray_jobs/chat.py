@@ -85,18 +85,17 @@ def _run(config: ChatConfig) -> None:
 
 def load_session(config: ChatConfig) -> tuple[Any, str]:
     """Return a session with the model, and what it is called."""
-    from nanochat.cluster.jobs import named_model
+    from nanochat.cluster.jobs import named_model, tokenizer_of
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.inference.chat_session import ChatSession
     from nanochat.inference.engine import Engine
     from nanochat.inference.load import load_model
     from nanochat.inference.tool_loop import ToolLoop
     from nanochat.run_context import RunContext
-    from nanochat.storage import RunFolder
     from nanochat.training.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint(str(named_model(config.run_dir, config.model).checkpoint))
-    tokenizer = Tokenizer.load(RunFolder(config.run_dir).tokenizer)
+    checkpoint = Checkpoint(str(named_model(config.run_dir, config.model, print).checkpoint))
+    tokenizer = Tokenizer.load(tokenizer_of(config.run_dir, checkpoint.folder))
     gpt = load_model(checkpoint, tokenizer, RunContext())
     engine = Engine(gpt, slots=1)
     session = ChatSession(

@@ -49,7 +49,7 @@ def demo(config: DemoConfig) -> int:
 
 
 def _run(config: DemoConfig, log_path: str) -> None:
-    from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base, summary
+    from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal
     from nanochat.pages.report import write_report
@@ -67,7 +67,6 @@ def _run(config: DemoConfig, log_path: str) -> None:
         finetune_chat(config.run_dir, demo_sft(config), cluster, terminal)
         for evaluation in demo_evaluations(config):
             evaluate_models(config.run_dir, evaluation, cluster, terminal)
-    storage.write_json(storage.RunFolder(config.run_dir).summary, summary(config.run_dir))
     terminal.line(f"report     {write_report(config.run_dir)}")
     terminal.line(f"walk       {write_walk(config.run_dir)}")
     terminal.line(f"done in {(time.monotonic() - start_s) / 60:.1f} minutes")
@@ -89,7 +88,7 @@ def demo_sft(config: DemoConfig) -> SftConfig:
     return SftConfig(
         mixture=("arithmetic*0.5", "identity*3", "spelling*0.5"), identity=config.identity, num_steps=config.sft_steps,
         joined=0.2, global_batch_tokens=2048, evaluate_every=0, sample_every=75, checkpoint_every=75, log_every=10,
-        chat_problems=16, compile="off",
+        chat_problems=16, validation_conversations=50, compile="off",
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def measure_core(
     Raises: CheckpointError or DataError if a part of the run or the bundle is missing.
     """
     folder = RunFolder(run_dir)
-    tokenizer, checkpoint = Tokenizer.load(folder.tokenizer), newest_of(folder.pretrain)
+    tokenizer, checkpoint = Tokenizer.load(folder.tokenizer), newest_of(folder.pretrain, print)
     tasks = [
         task for task in load_bundle(bundle_folder).tasks.values()
         if task.kind == "multiple_choice" and task.num_fewshot

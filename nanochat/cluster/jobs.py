@@ -23,12 +23,12 @@ from nanochat.data.corpora import prepare_corpus
 from nanochat.data.document_shards import write_token_shards
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
-from nanochat.errors import CheckpointError
+from nanochat.errors import CheckpointError, ConfigError
 from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
-from nanochat.provenance import begin_stage, check_stage
+from nanochat.provenance import begin_stage, check_stage, file_identity
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
-from nanochat.tasks.mixture import MixtureSource, load_mixture, parse_part
+from nanochat.tasks.mixture import MixtureSource, load_mixture, parse_part, with_absolute_paths
 from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.tasks.task import Excerpt
 from nanochat.training import plan as planning
@@ -110,9 +110,12 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
 
     Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
     """
-    folder = RunFolder(run_dir)
+    folder, config = RunFolder(run_dir), with_absolute_paths(config)
+    base = Checkpoint(str(named_model(run_dir, config.base or "pretrain", terminal.line).checkpoint))
+    if (of_base := tokenizer_of(run_dir, base.folder)) != folder.tokenizer:
+        Tokenizer.load(of_base).save(folder.tokenizer)
+        terminal.line(f"tokenizer  the base model's, from {of_base}")
     tokenizer = Tokenizer.load(folder.tokenizer)
-    base = Checkpoint(str(named_model(run_dir, config.base or "pretrain").checkpoint))
     source = MixtureSource.of(config, folder.tasks)
     check_stage(folder.sft.root, {"sft": config}, source.files())
     mixture = load_mixture(source)
@@ -120,17 +123,23 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         source, ray_context(terminal.live), tokenizer, base.state["model"]["sequence_len"], folder.sft_shards
     )
     sft = resolve_sft(config, base, shards.rows("train"))
+    left_out = {
+        "longer than a row": sum(shard.skipped["longer_than_a_row"] for shard in shards.shards),
+        "asking what is held out": mixture.left_out,
+    } | {f"malformed ({reason})": count for reason, count in mixture.dropped().items()}
     resolved = sft.plan.as_json() | {
-        "inherited": sft.inherited,
-        "base": base.folder,
-        "base_sha256": base.weights_sha256,
-    }
-    begin_stage(folder.sft.root, {"sft": config}, resolved | {"shards": shards.manifest_hash}, source.files())
+        "inherited": sft.inherited, "base": base.folder, "base_sha256": base.weights_sha256, "left_out": left_out,
+        "shards": shards.manifest_hash,
+    }  # fmt: skip
+    begin_stage(folder.sft.root, {"sft": config}, resolved, source.files())
     terminal.line(f"mixture    {', '.join(f'{count:,} {name}' for name, count in mixture.counts().items())}")
-    left_out = sum(shard.skipped["longer_than_a_row"] for shard in shards.shards)
-    dropped = sum(mixture.dropped().values())
-    if left_out or dropped:
-        terminal.line(f"           left out: {left_out:,} longer than a row, {dropped:,} malformed")
+    if some := [f"{count:,} {reason}" for reason, count in left_out.items() if count]:
+        terminal.line(f"           left out: {', '.join(some)}")
+    if (rows := shards.rows("train")) < sft.plan.rows_per_step:
+        terminal.line(
+            f"           fewer rows than a step has: each step sees them {sft.plan.rows_per_step / rows:.1f} times. "
+            "--global-batch-tokens makes steps smaller."
+        )
     terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in sft.inherited.items())}")
     terminal.line(
         f"sft        from {base.folder}: {sft.plan.num_steps} steps of {sft.plan.tokens_per_step:,} tokens, "
@@ -142,57 +151,80 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         worker = functools.partial(sft_worker, held_out, base)
         return train_on_ray(config, sft.plan, cluster, shards, folder.tokenizer, folder.sft, watch, worker)
 
-    checkpoint, _ = _watched(folder.sft, sft.plan.num_steps, terminal, train)
-    terminal.line(f"chat model {checkpoint.folder}")
+    checkpoint, view = _watched(folder.sft, sft.plan.num_steps, terminal, train)
+    terminal.line(f"chat model {checkpoint.folder}, validation {view.val_bpb:.4f} bits per byte of answers")
     return checkpoint
 
 
 def evaluate_models(
     run_dir: str, config: EvaluationConfig, cluster: ClusterConfig, terminal: Terminal
 ) -> dict[str, dict[str, Any]]:
-    """Score models on actors and show a table; returns each model's results. Any number of actors gives the same."""
+    """Score models on actors, show a table and write summary.json; returns each model's results.
+
+    Any number of actors gives the same.
+    """
     gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
     actors = config.actors or max(1, gpus)
     config = replace(config, models=config.models or (() if config.hf else ("sft",)))
-    models = [named_model(run_dir, name) for name in config.models]
+    models = [named_model(run_dir, name, terminal.line) for name in config.models]
+    for model in models:
+        terminal.line(f"model      {model.name}: {model.checkpoint}")
     if config.identity is None and "sft" in config.models and (character := trained_character(run_dir)):
         config = replace(config, identity=character)
         terminal.line(f"identity   the character that was trained: {character}")
     if config.hf is not None:
-        models.append(Model(storage.name_of(config.hf.rstrip("/")), None))
+        models.append(Model(f"hf_{storage.name_of(config.hf.rstrip('/'))}", None))
     run = RunContext(
-        use_gpu=gpus > 0, local_world_size=actors, map=actor_map(actors, 1.0 if gpus else 0.0), progress=terminal.live
-    )
+        use_gpu=gpus > 0, local_world_size=actors, map=actor_map(actors, 1.0 if gpus else 0.0), progress=terminal.live,
+        note=terminal.line,
+    )  # fmt: skip
     evaluator = Evaluator(config, run, run_dir, models)
     results = evaluate(evaluator, run)
+    storage.write_json(RunFolder(run_dir).summary, summary(run_dir))
     for line in score_table(results):
         terminal.line(line)
     return results
 
 
 def trained_character(run_dir: str) -> str | None:
-    """Return the file of the character that the run's fine-tuning had, None for nanochat's own."""
-    path = RunFolder(run_dir).sft.config
-    sft = storage.read_json(path)["config"]["sft"] if storage.exists(path) else {"mixture": (), "identity": None}
-    parts = (parse_part(text, sft["identity"]) for text in sft["mixture"])
-    return next((part.path for part in parts if part.task == "identity"), None)
+    """Return the file of the character that the run's fine-tuning had, None for nanochat's own.
+
+    Raises: ConfigError if it has changed since.
+    """
+    if not storage.exists(path := RunFolder(run_dir).sft.config):
+        return None
+    stage = storage.read_json(path)
+    parts = (parse_part(text, stage["config"]["sft"]["identity"]) for text in stage["config"]["sft"]["mixture"])
+    character = next((part.path for part in parts if part.task == "identity"), None)
+    if character is not None and file_identity([character]).items() - stage["identity"].items():
+        raise ConfigError(
+            f"identity={character}: is not what was trained any more. Put it back, or name a file with --identity."
+        )
+    return character
 
 
-def named_model(run_dir: str, name: str) -> Model:
-    """Return the newest checkpoint of a stage, or the checkpoint folder of that path."""
+def tokenizer_of(run_dir: str, checkpoint: str) -> str:
+    """Return the run directory's tokenizer folder, or if it has none that of the checkpoint's run directory."""
+    own, beside = RunFolder(run_dir).tokenizer, storage.join(checkpoint.rsplit("/", 3)[0], "tokenizer")
+    has_none = not storage.exists(storage.join(own, "tokenizer.json"))
+    return beside if has_none and storage.exists(storage.join(beside, "tokenizer.json")) else own
+
+
+def named_model(run_dir: str, name: str, note: Callable[[str], None]) -> Model:
+    """Return the newest checkpoint of a stage, or the checkpoint folder of that path; `note` hears of damaged ones."""
     folder = RunFolder(run_dir)
     stages = {"pretrain": folder.pretrain, "sft": folder.sft}
     if name in stages:
-        return Model(name, newest_of(stages[name]).folder)
+        return Model(name, newest_of(stages[name], note).folder)
     path = storage.absolute(name)
     if (problem := problem_with(path)) is not None:
         raise CheckpointError(f"checkpoint={name}: {problem}. Name pretrain, sft, or a complete step_ folder.")
     return Model("_".join(part for part in path.rstrip("/").split("/")[-4:] if part != "checkpoints"), path)
 
 
-def newest_of(stage: StageFolder) -> Checkpoint:
+def newest_of(stage: StageFolder, note: Callable[[str], None]) -> Checkpoint:
     """Return a stage's newest complete checkpoint. Raises: CheckpointError if there is none."""
-    step = newest_checkpoint(stage.checkpoints, passed_over=stage.note)
+    step = newest_checkpoint(stage.checkpoints, passed_over=note)
     if step is None:
         raise CheckpointError(
             f"run_dir={stage.root}: has no complete checkpoint. Train that stage first, or name another --run-dir."

@@ -54,7 +54,8 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
     loggers[0].info("the logs of Ray's processes are in %s/logs", context.address_info["session_dir"])
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        with contextlib.redirect_stderr(handler.stream):  # Ray prints some of its warnings
+        # Ray prints some of its warnings, and what its nodes say of workers that die.
+        with contextlib.redirect_stderr(handler.stream), contextlib.redirect_stdout(handler.stream):
             yield
     finally:
         ray.shutdown()
@@ -119,7 +120,7 @@ class _Actor:
 def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
     """Return a map over so many actors, each of which keeps the function, and the model that it loads.
 
-    An actor that dies is started again and its item done again, up to three times each; results come in the items'
+    An actor that dies is started again and its item done again, an item up to three times; results come in the items'
     order. Raises: what the function raised, as it was.
     """
 
@@ -129,7 +130,7 @@ def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], I
             raise ClusterError(
                 f"actors={actors}: need {actors * each:g} {kind}, the cluster has {have:g}. Use {int(have // each)}."
             )
-        options = {"num_cpus": 0 if num_gpus else each, "num_gpus": num_gpus, "max_restarts": 3, "max_task_retries": 3}
+        options = {"num_cpus": 0 if num_gpus else each, "num_gpus": num_gpus, "max_restarts": -1, "max_task_retries": 3}
         pool = [ray.remote(_Actor).options(**options).remote(fn) for _ in range(actors)]
         free = deque(pool)
         running: dict[Any, tuple[int, Any]] = {}
@@ -153,7 +154,7 @@ def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], I
             raise with_story(err.cause, "in an actor", str(err)) from None
         except ray.exceptions.RayActorError as err:
             raise ClusterError(
-                f"actors: one died more than three times ({excerpt(err)}). Look into Ray's log for why."
+                f"actors: one died four times at the same work ({excerpt(err)}). Look into Ray's log for why."
             ) from err
         finally:
             for actor in pool:

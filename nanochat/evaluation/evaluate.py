@@ -23,22 +23,23 @@ from nanochat.errors import CheckpointError, ConfigError, DamagedFileError
 from nanochat.evaluation import core
 from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
 from nanochat.evaluation.chat import Verdict, judge
-from nanochat.evaluation.hf_model import HFScorer
+from nanochat.evaluation.hf_model import HFScorer, weights_of
 from nanochat.evaluation.scoring import GPTScorer, Scorer
 from nanochat.evaluation.statistics import centered, mean_of_centered, pass_at_k, standard_error
 from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
-from nanochat.tasks.registry import load_task
+from nanochat.tasks.registry import UNSCORED, load_task
 from nanochat.tasks.task import Task, TaskFiles
 from nanochat.training.checkpoint import Checkpoint
 from nanochat.training.hardware import choose_hardware
 
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling")
 """ChatCORE is the mean of their centred accuracies. Source: karpathy/nanochat chat_eval.py@92d63d4."""
-SETTINGS = ("max_per_task", "samples", "temperature", "max_new_tokens", "seed", "dtype")
-"""Of a config: kept beside each score; scores of different ones are no mean together."""
+SETTINGS = ("max_per_task", "seed", "dtype", "samples", "temperature", "max_new_tokens")
+"""Of a config: kept beside each score, the first three where letters are compared; scores that differ in them are no
+mean together."""
 PROBLEMS_OF_ITEM = 128
 ROWS_OF_BATCH = 16
 SHOWN_PROBLEMS = 6
@@ -82,7 +83,7 @@ class Evaluator:
             raise ConfigError(f"models={' '.join(config.models)}: two have the same name. Score them in two calls.")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        run = replace(self.run, map=map, progress=RunContext.progress)
+        run = replace(self.run, map=map, progress=RunContext().progress, note=RunContext().note)
         return Evaluator, (self.config, run, self.folder.root, list(self.models.values()))
 
     def __call__(self, item: Item) -> Any:
@@ -145,9 +146,9 @@ class Evaluator:
         name, split = found["name"], found["split"] or "test"
         path = found["path"] or (self.config.identity if name == "identity" else None)
         files = TaskFiles(folder=self.folder.tasks, path=path, mirror=self.config.task_mirror)
-        task = load_task(name, split, files)
-        if task.kind == "unscored":
+        if name in UNSCORED:
             raise ConfigError(f"tasks={text}: has no right answers to score. It can be trained on alone.")
+        task = load_task(name, split, files)
         return name if split == "test" else f"{name}:{split}", task
 
     @torch.no_grad()
@@ -190,6 +191,8 @@ def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]
     """
     kept = {name: _earlier(evaluator, name) for name in evaluator.models}
     items = list(items_of(evaluator))
+    if not items:
+        raise ConfigError("tasks=(): there is nothing to score. Name tasks, a --core bundle, or --bits-per-byte.")
     found: dict[str, list[Any]] = {}
     for number, (item, outcome) in enumerate(zip(items, run.map(evaluator, items), strict=True), start=1):
         found.setdefault(item.task, []).extend(outcome)
@@ -216,7 +219,8 @@ def _keep(evaluator: Evaluator, before: dict[str, Any], item: Item, found: dict[
             )
     else:
         score = chat_score(evaluator.tasks[item.task], found[item.task], config.samples)
-        score["settings"] = {name: getattr(config, name) for name in SETTINGS}
+        matter = SETTINGS[:3] if evaluator.tasks[item.task].kind == "choose" else SETTINGS
+        score["settings"] = {name: getattr(config, name) for name in matter}
         new["chat"] = before["chat"] | {item.task: score}
         new["chat_core"] = chat_core(new["chat"], score["settings"])
     kept = before | new | {"config": asdict(config)}
@@ -226,15 +230,14 @@ def _keep(evaluator: Evaluator, before: dict[str, Any], item: Item, found: dict[
 
 def _earlier(evaluator: Evaluator, name: str) -> dict[str, Any]:
     """Return what evaluation/MODEL.json has of the same weights."""
-    path, checkpoint = scores_path(evaluator.folder, name), evaluator.models[name].checkpoint
-    model = {
-        "chat": {},
-        "weights": Checkpoint(checkpoint).weights_sha256 if checkpoint else evaluator.config.hf,
-        "checkpoint": checkpoint or evaluator.config.hf,
-    }
+    path, place = scores_path(evaluator.folder, name), evaluator.models[name].checkpoint
+    weights = Checkpoint(place).weights_sha256 if place else weights_of(place := str(evaluator.config.hf))
+    model: dict[str, Any] = {"chat": {}, "weights": weights, "checkpoint": place}
     before = read_scores(path) if storage.exists(path) else model
     if before["weights"] != model["weights"]:
-        evaluator.run.progress(f"{path}: earlier scores were of other weights, and go")
+        aside = storage.join(evaluator.folder.evaluation.root, "earlier", f"{name}_{before['weights'][:12]}.json")
+        storage.write_json(aside, before)
+        evaluator.run.note(f"{name}: earlier scores are of other weights ({before['checkpoint']}) and go to {aside}")
         return model
     return before | {"checkpoint": model["checkpoint"]}
 
@@ -247,7 +250,7 @@ def scores_path(folder: RunFolder, name: str) -> str:
 def read_scores(path: str) -> dict[str, Any]:
     """Read a model's scores. Raises: DamagedFileError if the file is none of ours."""
     found = storage.read_json(path)
-    scores = found.get("chat") if isinstance(found, dict) and "weights" in found else None
+    scores = found.get("chat") if isinstance(found, dict) and {"weights", "checkpoint"} <= found.keys() else None
     known = isinstance(scores, dict) and all(
         isinstance(score, dict) and {"settings", "examples"} <= score.keys() for score in scores.values()
     )
@@ -282,7 +285,11 @@ def chat_core(scores: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 
     Scores of other settings stay out.
     """
-    there = [scores[task] for task in CHAT_CORE if task in scores and scores[task]["settings"] == settings]
+
+    def agrees(other: dict[str, Any]) -> bool:
+        return all(settings[name] == other[name] for name in settings.keys() & other.keys())
+
+    there = [scores[task] for task in CHAT_CORE if task in scores and agrees(scores[task]["settings"])]
     if not there:
         return None
     title = "ChatCORE" if len(there) == len(CHAT_CORE) else f"ChatCORE on {len(there)} of {len(CHAT_CORE)} tasks"

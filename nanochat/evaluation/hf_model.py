@@ -10,11 +10,18 @@ from typing import Any
 
 import torch
 
+from nanochat import storage
 from nanochat.errors import ConfigError, excerpt
 from nanochat.evaluation.scoring import Group, Option, Score, cropped, cut_by_length, judged, score_of
 
 BATCH_TOKENS = 4096
 """Of one forward, padding included: at most 0.8 GB of logits with GPT-2's vocabulary."""
+
+
+def weights_of(path: str) -> str:
+    """Return a hash of a model's files of weights."""
+    names = [name for name in storage.list_names(path) if name.endswith((".safetensors", ".bin"))]
+    return storage.sha256_json([(name, storage.sha256_file(storage.join(path, name))) for name in names])
 
 
 class HFScorer:

@@ -49,6 +49,7 @@ class ChatSession:
             raise ConfigError(
                 f"message: takes {needed} tokens with room for a reply, the model reads {self.capacity}. Shorten it."
             )
+        del self.turns[len(self.turns) // 2 * 2 :]  # a question whose answer was never begun
         self.turns.append(user)
         while 2 + LEAST_ROOM + sum(map(len, self.turns)) > self.capacity:
             del self.turns[:2]  # a question and its answer
@@ -94,12 +95,16 @@ class ChatSession:
         return [self.tokenizer.bos, *(token for turn in self.turns for token in turn)]
 
     def conversation(self) -> Conversation:
-        """Return the conversation so far, without calls that were stopped before their output and empty answers."""
+        """Return the conversation so far, without empty answers and calls or outputs that stand alone."""
         messages: list[Message] = []
-        for question, reply in zip(self.turns[::2], self.turns[1::2], strict=True):
-            parts = parse_parts(self.tokenizer, reply)
-            while parts and (parts[-1].kind == "python" or not parts[-1].text.strip()):
-                parts = parts[:-1]
+        for question, reply in zip(self.turns[::2], self.turns[1::2]):
+            said = [part for part in parse_parts(self.tokenizer, reply) if part.text.strip()]
+            parts: list[Part] = []
+            for part, following in zip(said, [*said[1:], Part("text", "")]):
+                is_answered = part.kind == "python" and following.kind == "python_output"
+                answers = part.kind == "python_output" and parts[-1:] and parts[-1].kind == "python"
+                if part.kind == "text" or is_answered or answers:
+                    parts.append(part)
             if parts:
-                messages += [Message("user", parse_parts(self.tokenizer, question)), Message("assistant", parts)]
+                messages += [Message("user", parse_parts(self.tokenizer, question)), Message("assistant", tuple(parts))]
         return Conversation(tuple(messages))

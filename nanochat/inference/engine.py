@@ -23,7 +23,7 @@ from nanochat.model.gpt import GPT
 
 PREFILL_SHARE = 4
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class Request:
     """Draw from the k likeliest tokens only."""
     seed: int = 0
     """Two requests with the same prompt, parameters and seed give the same tokens."""
+    banned: frozenset[int] = frozenset()
+    """Ids that are never sampled."""
     first_position: int = 0
     """Draws count from here: a request that goes on where another stopped goes on in its random numbers."""
 
@@ -158,8 +160,11 @@ class Engine:
     def _sample(self, running: list[_Running], hidden_BC: torch.Tensor) -> list[Event]:
         """Draw one token of each running request from its last hidden state, and end those that are done."""
         requests = [one.request for one in running]
+        logits_BV = self.model.logits(hidden_BC)
+        for row, request in enumerate(requests):
+            logits_BV[row, list(request.banned)] = float("-inf")
         tokens = sample_tokens(
-            self.model.logits(hidden_BC),
+            logits_BV,
             temperatures=[request.temperature for request in requests],
             top_ks=[request.top_k for request in requests],
             uniforms=[uniform(one.request.seed, one.request.first_position + one.count) for one in running],

@@ -18,7 +18,9 @@ ordinary user's code can signal that user's processes. Where root cannot become 
 Not covered: faults of the kernel and of processors (side channels); names, sizes and dates of files elsewhere; the
 dates and extended attributes of an ordinary user's own files, the priority of that user's processes, and (before Linux
 6.12) signals to them by fcntl; directories in /tmp that are left when the caller is killed with SIGKILL (the run ends
-with it); how many runs a machine's memory bears; other systems than Linux (SandboxError). Code that ends with exit code
+with it); files that are deleted while they are open (sandbox_child.MAX_FILES of a quarter of disk_bytes each, so at
+most four times disk_bytes, while the run lasts); how many runs a machine's memory bears; other systems than Linux
+(SandboxError). Code that ends with exit code
 0 need not have come to its last line: a grader makes it print a random word at its end (code that looks for that word
 in main.py can still cheat).
 
@@ -64,7 +66,7 @@ class Limits:
     output_bytes: int = 64 * 2**10
     """Of stdout and stderr together (the report of sandbox_child.py counts); a run that has written so many ends."""
     disk_bytes: int = 16 * 2**20
-    """Of the temporary directory, each entry counted as 16 KiB more than it holds; a file may have half of it."""
+    """Of the temporary directory, each entry counted as 16 KiB more than it holds; a file may have a quarter of it."""
 
 
 DEFAULT_LIMITS = Limits()

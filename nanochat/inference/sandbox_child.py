@@ -20,7 +20,7 @@ from types import ModuleType, TracebackType
 CONFINED = "confined"
 """Begins the report; what the kernel does not restrict follows. Any other beginning: why nothing ran."""
 
-MAX_FILES = 64
+MAX_FILES = 16
 RUN_UIDS = 0x7000_0000
 """Plus the process id: a user of this run alone, in a range that nothing else is known to use."""
 NOBODY = 65534
@@ -42,8 +42,8 @@ DENIED = {
     # what reaches beyond the process: the caller's keys, the kernel's programs and counters, its own place in the queue
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
     "perf_event_open": (298, 241), "setpriority": (141, 140),
-    # what would outlive the process
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    # memory that no limit counts, and what would outlive the process
+    "memfd_create": (319, 279), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     # what Landlock leaves open
     "truncate": (76, 45), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
 }  # fmt: skip
@@ -88,7 +88,7 @@ def _drop_root() -> None:
 def _restrict_resources(memory_bytes: int, disk_bytes: int, cpu_s: int) -> None:
     limits = {
         resource.RLIMIT_AS: memory_bytes,
-        resource.RLIMIT_FSIZE: disk_bytes // 2,  # an error in the code, before its directory is too large
+        resource.RLIMIT_FSIZE: disk_bytes // 4,  # an error in the code, before its directory is too large
         resource.RLIMIT_CPU: cpu_s,
         resource.RLIMIT_NOFILE: MAX_FILES,
         resource.RLIMIT_NPROC: 0,  # neither a process nor a thread can be started: what is killed is all there is

@@ -1,7 +1,8 @@
 """Events to events with the tool's words in them: stop at a call, evaluate it, go on. The same above every engine.
 
 A completion that ends in <|python_end|> has called the calculator: the result is put after it, between the output
-tokens, as forced tokens, and the request goes back to the engine with everything so far as its prompt.
+tokens, as forced tokens, and the request goes back to the engine with everything so far as its prompt. The model cannot
+say output tokens itself: what stands between them was the tool's.
 
 Source: the calculator loop of karpathy/nanochat engine.py@92d63d4.
 """
@@ -36,6 +37,7 @@ class ToolLoop:
     ) -> None:
         self.engine, self.tokenizer, self.tool = engine, tokenizer, tool
         self._call_start, self._call_end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
+        self._tool_alone = {tokenizer.special("<|output_start|>"), tokenizer.special("<|output_end|>")}
         self._turns: dict[int, _Turn] = {}  # by the engine's id of the request that runs now
         self._next_id = 0
 
@@ -66,8 +68,7 @@ class ToolLoop:
             is_call = event.token == self._call_end and event.token not in turn.request.stop_tokens
             output = self._output_of(turn.said) if is_call else []
             if not is_call or len(output) >= left or turn.calls == MAX_CALLS:
-                cut = is_call
-                events.append(replace(event, id=turn.id, finish_reason="length" if cut else event.finish_reason))
+                events.append(replace(event, id=turn.id, finish_reason="length" if is_call else event.finish_reason))
                 continue
             events.append(Event(turn.id, event.token))
             events += [Event(turn.id, token, is_forced=True) for token in output]
@@ -80,7 +81,8 @@ class ToolLoop:
         request, said = turn.request, len(turn.said)
         going_on = replace(
             request, prompt=(*request.prompt, *turn.said), max_new_tokens=request.max_new_tokens - said,
-            stop_tokens=request.stop_tokens | {self._call_end}, first_position=request.first_position + said,
+            stop_tokens=request.stop_tokens | {self._call_end}, banned=request.banned | self._tool_alone,
+            first_position=request.first_position + said,
         )  # fmt: skip
         self._turns[self.engine.add(going_on)] = turn
 

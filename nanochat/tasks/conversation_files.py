@@ -10,11 +10,9 @@ Not covered: Alpaca's fields history and system; ShareGPT's form.
 """
 
 import os
-import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from glob import escape, glob
 from itertools import accumulate
 from typing import Any
@@ -23,8 +21,19 @@ import pyarrow as pa
 
 from nanochat import storage
 from nanochat.data.conversations import Conversation, exchange, parse_conversation
-from nanochat.errors import ConfigError, DataError, escaped, excerpt
-from nanochat.tasks.task import ListedTask, Task, TaskFiles, of_split, parse_json, raw_lines, read_table, text_of
+from nanochat.errors import AbsentFileError, ConfigError, DataError, excerpt
+from nanochat.tasks.task import (
+    ListedTask,
+    Task,
+    TaskFiles,
+    dropping,
+    of_split,
+    parse_json,
+    parsed,
+    raw_lines,
+    read_table,
+    text_of,
+)
 
 SMOLTALK_HOME = "https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk/resolve/main/data"
 ENDINGS = (".jsonl", ".jsonl.gz", ".json")
@@ -35,19 +44,17 @@ class Messages(ListedTask):
 
     kind = "unscored"
 
-    def __init__(self, split: str, path: str, *, drop: bool) -> None:
+    def __init__(self, split: str, path: str, files: TaskFiles) -> None:
         """Read a file whole. Raises: DataError naming file and line or record if one is malformed and not dropped."""
-        conversations: list[Conversation] = []
-        super().__init__("messages", split, conversations)
-        self.dropped = dropped = Counter[str]()
-        parse = None
-        for where, record in _records(path):
-            with _dropping(dropped, where, drop=drop):
-                value = parse_json(record, where) if isinstance(record, bytes) else record
-                parse = parse or _form_of(value, where)
-                conversations.append(parse(value, where))
-        if not conversations:
-            raise DataError(f"{path}: has no conversation; dropped: {dict(dropped)}. Name another file.")
+        form: list[Callable[[Any, str], Conversation]] = []
+
+        def parse(value: Any, where: str) -> Conversation:
+            form[:] = form or [_form_of(value, where)]
+            return form[0](value, where)
+
+        super().__init__("messages", split, *parsed(_records(path), parse, files))
+        if not self.conversations:
+            raise DataError(f"{path}: has no conversation; dropped: {dict(self.dropped)}. Name another file.")
 
 
 class SmolTalk(Task):
@@ -78,7 +85,7 @@ class SmolTalk(Task):
         return f"{self.paths[file]}: row {row - [0, *self.ends][file]}"
 
     def _is_well_formed(self, row: int, dropped: Counter[str]) -> bool:
-        with _dropping(dropped, where := self._where(row), drop=True):
+        with dropping(dropped, where := self._where(row), drop=True):
             parse_conversation({"messages": self.rows[row].as_py()}, where)
             return True
         return False
@@ -96,7 +103,9 @@ def load_messages(split: str, files: TaskFiles) -> Messages:
     if os.path.isdir(path):
         there = [(name, storage.join(path, name + ending)) for name in ("train", "val", "test") for ending in ENDINGS]
         has = {name: file for name, file in there if os.path.isfile(file)}
-    return Messages(split, of_split(path, split, has), drop=files.malformed == "drop")
+        if not has:
+            raise AbsentFileError(f"messages={path}: has no train{', train'.join(ENDINGS)}. Name the file itself.")
+    return Messages(split, of_split(path, split, has), files)
 
 
 def load_smoltalk(split: str, files: TaskFiles) -> SmolTalk:
@@ -143,15 +152,3 @@ def _alpaca(record: object, where: str) -> Conversation:
             raise DataError(f"{where}: {key}={excerpt(record[key])}: is not read. Write the conversation as messages.")
     given = text_of(record, "input", where) if record.get("input") else ""
     return exchange(f"{instruction}\n\n{given}" if given else instruction, output)
-
-
-@contextmanager
-def _dropping(dropped: Counter[str], where: str, *, drop: bool) -> Iterator[None]:
-    """Count a malformed record by the field that is wrong, instead of stopping at it."""
-    try:
-        yield
-    except DataError as err:
-        if not drop:
-            raise
-        reason = re.split(r"=|: |\. | \(", str(err).removeprefix(f"{escaped(where)}: "))[0]
-        dropped[re.sub(r"\[\d+\]", "", reason)] += 1

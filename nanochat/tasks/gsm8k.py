@@ -14,7 +14,7 @@ from itertools import cycle
 
 from nanochat.data.conversations import Conversation, Part, PartKind, exchange
 from nanochat.errors import DataError, excerpt
-from nanochat.tasks.task import ListedTask, TaskFiles, of_split, read_lines, text_of
+from nanochat.tasks.task import ListedTask, TaskFiles, of_split, parsed, raw_lines, text_of
 
 HOME = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 VAL_ROWS = 500
@@ -39,9 +39,9 @@ def load_gsm8k(split: str, files: TaskFiles) -> GSM8K:
     Raises: DataError naming file and line of a row that is malformed.
     """
     file = of_split("gsm8k", split, {"train": "train.jsonl", "val": "train.jsonl", "test": "test.jsonl"})
-    rows = [_conversation(row, where) for where, row in read_lines(files.find("gsm8k", file, HOME))]
+    rows, dropped = parsed(raw_lines(files.find("gsm8k", file, HOME)), _conversation, files)
     cut = len(rows) - min(VAL_ROWS, len(rows) // 2)
-    return GSM8K("gsm8k", split, {"train": rows[:cut], "val": rows[cut:], "test": rows}[split])
+    return GSM8K("gsm8k", split, {"train": rows[:cut], "val": rows[cut:], "test": rows}[split], dropped)
 
 
 def _conversation(row: object, where: str) -> Conversation:

@@ -12,7 +12,7 @@ import secrets
 
 from nanochat.data.conversations import Conversation, exchange
 from nanochat.inference.sandbox import run_python
-from nanochat.tasks.task import ListedTask, TaskFiles, of_split, read_lines, text_of
+from nanochat.tasks.task import ListedTask, TaskFiles, of_split, parsed, raw_lines, text_of
 
 HOME = "https://raw.githubusercontent.com/openai/human-eval/master/data"
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -33,7 +33,7 @@ def load_humaneval(split: str, files: TaskFiles) -> HumanEval:
     """Return the 164 problems; there is only test. Raises: DataError naming file and line of a malformed row."""
     name = of_split("humaneval", split, {"test": "HumanEval.jsonl"})
     found = files.find("humaneval", f"{name}.gz", HOME, [name, f"{name}.gz"])
-    return HumanEval("humaneval", split, [_conversation(row, where) for where, row in read_lines(found)])
+    return HumanEval("humaneval", split, *parsed(raw_lines(found), _conversation, files))
 
 
 def _conversation(row: object, where: str) -> Conversation:

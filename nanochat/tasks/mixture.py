@@ -2,15 +2,15 @@
 
 `gsm8k*4` takes every conversation four times, `smoltalk~0.5` as many as make up half of the whole. Only training splits
 may enter. A task is validated on its val split, or without one on a share of train, which stays out before anything is
-repeated; so does every conversation that asks the same in any turn (of tasks of up to COMPARED conversations). With
-`joined` a share of them goes on with another one in the same conversation, where both fit into a row.
+repeated; so does every conversation that asks the same in any turn (of tasks of up to COMPARED conversations; of those
+without right answers, such as one's own chats, just copies). With `joined` a share of them goes on with another one in
+the same conversation, where both fit into a row.
 """
 
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from os.path import isdir, isfile
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -68,9 +68,8 @@ class MixtureSource:
 
     def files(self) -> list[str]:
         """Return the files of one's own that are mixed: their content decides the numbers, too."""
-        named = [part.path for part in self.parts if part.path is not None]
-        inside = (storage.join(path, name) for path in named if isdir(path) for name in storage.list_names(path))
-        return [path for path in (*named, *inside) if isfile(path)]
+        paths = [part.path for part in self.parts if part.path is not None]
+        return [file for path in paths for file in storage.list_files(path)]
 
     def tasks(self, part: MixturePart) -> tuple[Task, Task | None]:
         """Return a part's training split, and its val split if it has one."""
@@ -98,6 +97,17 @@ def parse_part(text: str, identity: str | None = None) -> MixturePart:
         ) from err
     path = found["path"] or (identity if found["task"] == "identity" else None)
     return MixturePart(task=found["task"], path=path, epochs=epochs, share=share)
+
+
+def with_absolute_paths(config: SftConfig) -> SftConfig:
+    """Return a config whose paths mean the same in every folder."""
+
+    def absolute(text: str) -> str:
+        path = parse_part(text).path
+        return text if path is None else text.replace(f"={path}", f"={storage.absolute(path)}", 1)
+
+    identity = None if config.identity is None else storage.absolute(config.identity)
+    return replace(config, mixture=tuple(map(absolute, config.mixture)), identity=identity)
 
 
 class Mixture(Sequence[Conversation]):
@@ -128,6 +138,10 @@ class Mixture(Sequence[Conversation]):
             kept.append(_without_questions_of(held_out, shuffled))
             self.held_out.append(held_out)
         self.tasks = kept
+        self.left_out = sum(len(task) - len(rest) for (task, _), rest in zip(tasks, kept)) - sum(
+            len(held_out) for held_out in self.held_out if held_out.split == "train"
+        )
+        """Conversations that ask what is held out."""
         self._places = _places([len(task) for task in kept], source)
         draws = np.random.PCG64(np.random.SeedSequence([source.seed, 1])).random_raw(2 * len(self._places))
         goes_on = draws[::2] < source.joined * 2.0**64
@@ -167,10 +181,13 @@ class Mixture(Sequence[Conversation]):
 
 
 def _without_questions_of(held_out: Task, task: Task) -> Task:
-    """Leave out the conversations that ask, in any turn, what is held out."""
+    """Leave out the conversations that ask, in any turn, what is held out; unscored ones only where all is the same."""
 
     def questions(conversation: Conversation) -> set[str]:
-        return {message.text.casefold() for message in conversation.messages if message.role == "user"}
+        messages = conversation.messages
+        if task.kind == "unscored":
+            return {"\n".join(message.text for message in messages)}
+        return {message.text.casefold() for message in messages if message.role == "user"}
 
     if len(task) > COMPARED:
         return task

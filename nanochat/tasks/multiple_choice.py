@@ -10,9 +10,10 @@ Not covered: few-shot prompts (CORE has them).
 """
 
 import csv
+import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from glob import escape, glob
 from statistics import fmean
 from string import ascii_uppercase
@@ -21,7 +22,7 @@ from typing import Any
 from nanochat import storage
 from nanochat.data.conversations import Conversation, exchange
 from nanochat.errors import DataError, excerpt
-from nanochat.tasks.task import ListedTask, TaskFiles, of_split, read_lines, read_table, text_of
+from nanochat.tasks.task import ListedTask, TaskFiles, of_split, parsed, raw_lines, read_table, text_of
 
 MMLU_HOME = "https://huggingface.co/datasets/cais/mmlu/resolve/main/all"
 ARC_HOME = "https://huggingface.co/datasets/allenai/ai2_arc/resolve/main"
@@ -33,8 +34,12 @@ class MultipleChoice(ListedTask):
 
     kind = "choose"
 
-    def __init__(self, name: str, split: str, conversations: Sequence[Conversation]) -> None:
-        super().__init__(name, split, conversations)
+    def __init__(
+        self, name: str, split: str, found: str, conversations: Sequence[Conversation], dropped: Mapping[str, int]
+    ) -> None:
+        super().__init__(name, split, conversations, dropped)
+        if not conversations:
+            raise DataError(f"{name}={found}: has no question. Name another.")
         self.chance = fmean(1 / len(conversation.facts["letters"]) for conversation in conversations)
 
     @staticmethod
@@ -55,7 +60,8 @@ def load_mmlu(split: str, files: TaskFiles) -> MultipleChoice:
     )
     file = f"{parts[0]}-00000-of-00001.parquet"
     found = files.find("mmlu", file, MMLU_HOME, [file, *parts])
-    return _task("mmlu", split, found, _csv_rows(found) if os.path.isdir(found) else _mmlu_rows(found))
+    rows = _csv_rows(found) if os.path.isdir(found) else _mmlu_rows(found)
+    return MultipleChoice("mmlu", split, found, *parsed(rows, _conversation, files))
 
 
 def load_arc_easy(split: str, files: TaskFiles) -> MultipleChoice:
@@ -73,22 +79,21 @@ def _load_arc(name: str, config: str, split: str, files: TaskFiles) -> MultipleC
     file = f"{part}-00000-of-00001.parquet"
     core = [f"{name}.jsonl"] if split == "test" else []
     found = files.find(name, file, f"{ARC_HOME}/{config}", [f"{config}/{file}", *core])
-    return _task(name, split, found, (_core_rows if found.endswith(".jsonl") else _arc_rows)(found, name))
+    if found.endswith(".jsonl"):
+        return MultipleChoice(name, split, found, *parsed(raw_lines(found), functools.partial(_of_core, name), files))
+    return MultipleChoice(name, split, found, *parsed(_arc_rows(found, name), _conversation, files))
 
 
-def _task(name: str, split: str, found: str, conversations: Iterator[Conversation]) -> MultipleChoice:
-    listed = list(conversations)
-    if not listed:
-        raise DataError(f"{name}={found}: has no question. Name another.")
-    return MultipleChoice(name, split, listed)
+Row = tuple[object, object, Sequence[str] | None, object, str]
+"""Question, choices, their labels, the right label, subject."""
 
 
-def _mmlu_rows(path: str) -> Iterator[Conversation]:
+def _mmlu_rows(path: str) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(read_table(path, ["question", "subject", "choices", "answer"]).to_pylist()):
-        yield _conversation(f"{path}: row {number}", row, row["choices"], LABELS, row["answer"], row["subject"])
+        yield f"{path}: row {number}", (row["question"], row["choices"], LABELS, row["answer"], row["subject"])
 
 
-def _csv_rows(folder: str) -> Iterator[Conversation]:
+def _csv_rows(folder: str) -> Iterator[tuple[str, Row]]:
     """Read SUBJECT_PART.csv files with the header question,choice0,...,choice3,answer."""
     for path in sorted(glob(storage.join(escape(folder), "*.csv"))):
         subject = storage.name_of(path).rpartition("_")[0]
@@ -97,30 +102,30 @@ def _csv_rows(folder: str) -> Iterator[Conversation]:
                 reader = csv.DictReader(file, strict=True)
                 for row in reader:
                     choices = [row.get(f"choice{label}") for label in LABELS]
-                    yield _conversation(f"{path}:{reader.line_num}", row, choices, LABELS, row.get("answer"), subject)
+                    where = f"{path}:{reader.line_num}"
+                    yield where, (row.get("question"), choices, LABELS, row.get("answer"), subject)
         except (OSError, ValueError, csv.Error) as err:
             raise DataError(f"{path}: cannot be read as CSV ({excerpt(err)}). Replace it.") from err
 
 
-def _arc_rows(path: str, name: str) -> Iterator[Conversation]:
+def _arc_rows(path: str, name: str) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(read_table(path, ["question", "choices", "answerKey"]).to_pylist()):
         choices = row["choices"] or {}
         where = f"{path}: row {number}"
-        yield _conversation(where, row, choices.get("text"), choices.get("label"), row["answerKey"], name)
+        yield where, (row["question"], choices.get("text"), choices.get("label"), row["answerKey"], name)
 
 
-def _core_rows(path: str, name: str) -> Iterator[Conversation]:
-    for where, row in read_lines(path):
-        question, choices = text_of(row, "query", where).removeprefix("Question: "), row.get("choices")
-        labels = [str(number) for number in range(len(choices))] if isinstance(choices, list) else None
-        yield _conversation(where, {"question": question}, choices, labels, row.get("gold"), name)
+def _of_core(name: str, row: Any, where: str) -> Conversation:
+    """Return a question of CORE's files as a conversation. Raises: DataError if it is malformed."""
+    question, choices = text_of(row, "query", where).removeprefix("Question: "), row.get("choices")
+    labels = [str(number) for number in range(len(choices))] if isinstance(choices, list) else None
+    return _conversation((question, choices, labels, row.get("gold"), name), where)
 
 
-def _conversation(
-    where: str, row: dict[str, Any], choices: object, labels: Sequence[str] | None, right: object, subject: str
-) -> Conversation:
-    """Return a question as a conversation; `right` is one of the labels. Raises: DataError if it is malformed."""
-    question, labels = text_of(row, "question", where), list(labels or ())
+def _conversation(row: Row, where: str) -> Conversation:
+    """Return a question as a conversation. Raises: DataError if it is malformed."""
+    choices, right, subject = row[1], row[3], row[4]
+    question, labels = text_of({"question": row[0]}, "question", where), list(row[2] or ())
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"{where}: choices={excerpt(choices)}: must be a list of texts. Mend or drop the row.")
     if len(choices) != len(labels) or not 2 <= len(choices) <= len(ascii_uppercase):

@@ -28,6 +28,9 @@ LOADERS: dict[str, Loader] = {
     "messages": load_messages,
 }
 
+UNSCORED = ("smoltalk", "messages")
+"""Those that can only be trained on."""
+
 
 def load_task(name: str, split: str, files: TaskFiles) -> Task:
     """Return a split of a task. Raises: ConfigError if there is no such task or split, DataError if its files fail."""

@@ -7,9 +7,12 @@ the model reply and judges the text, `choose` compares the probabilities of the 
 import gzip
 import json
 import os
+import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, overload
@@ -21,7 +24,7 @@ import pyarrow.parquet as pq
 from nanochat import storage
 from nanochat.data.conversations import Conversation
 from nanochat.data.download import download
-from nanochat.errors import AbsentFileError, ConfigError, DataError, excerpt
+from nanochat.errors import AbsentFileError, ConfigError, DataError, escaped, excerpt
 
 T = TypeVar("T")
 
@@ -88,8 +91,11 @@ class Selection(Task):
 class ListedTask(Task):
     """A task whose conversations are all in memory."""
 
-    def __init__(self, name: str, split: str, conversations: Sequence[Conversation]) -> None:
+    def __init__(
+        self, name: str, split: str, conversations: Sequence[Conversation], dropped: Mapping[str, int] | None = None
+    ) -> None:
         self.name, self.split, self.conversations = name, split, conversations
+        self.dropped = dropped or {}
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -110,7 +116,7 @@ class Excerpt(ListedTask):
 def of_split(task: str, split: str, choices: Mapping[str, T]) -> T:
     """Return a split's choice. Raises: ConfigError naming the splits that the task has."""
     if split not in choices:
-        raise ConfigError(f"split={split}: {task} has {' and '.join(choices) or 'none'} alone. Choose among those.")
+        raise ConfigError(f"split={split}: {task} has {' and '.join(choices)} alone. Choose among those.")
     return choices[split]
 
 
@@ -150,6 +156,33 @@ class TaskFiles:
         return target
 
 
+@contextmanager
+def dropping(dropped: Counter[str], where: str, *, drop: bool) -> Iterator[None]:
+    """Count a malformed record by the field that is wrong, instead of stopping at it."""
+    try:
+        yield
+    except DataError as err:
+        if not drop:
+            raise
+        reason = re.split(r"=|: |\. | \(", str(err).removeprefix(f"{escaped(where)}: "))[0]
+        dropped[re.sub(r"\[\d+\]", "", reason)] += 1
+
+
+def parsed(
+    records: Iterable[tuple[str, Any]], parse: Callable[[Any, str], Conversation], files: TaskFiles
+) -> tuple[list[Conversation], Counter[str]]:
+    """Return the conversations of (where, line or value) and how many malformed ones were left out, by reason.
+
+    A line, in bytes, is JSON. Raises: DataError naming `where` of a malformed one if files.malformed says so.
+    """
+    conversations, dropped = [], Counter[str]()
+    for where, record in records:
+        with dropping(dropped, where, drop=files.malformed == "drop"):
+            value = parse_json(record, where) if isinstance(record, bytes) else record
+            conversations.append(parse(value, where))
+    return conversations, dropped
+
+
 def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
     """Yield (FILE:LINE, line) of each line of a file, gzipped or not; empty lines are passed over.
 
@@ -157,6 +190,8 @@ def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
     """
     opened = gzip.open if path.endswith(".gz") else open
     number = 0
+    if not os.path.exists(path):
+        raise AbsentFileError(f"file={path}: there is no such file. Mend the path.")
     try:
         with opened(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -169,18 +204,11 @@ def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
 def parse_json(content: bytes, where: str) -> Any:
     """Return the value of JSON in UTF-8, with or without a byte order mark. Raises: DataError naming `where`."""
     try:
-        return json.loads(content)
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as err:
+        raise DataError(f"{where}: is no UTF-8 ({excerpt(err)}). Save the file as UTF-8.") from err
     except (ValueError, RecursionError) as err:
         raise DataError(f"{where}: is no JSON ({excerpt(err)}). Mend or drop it.") from err
-
-
-def read_lines(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield (FILE:LINE, JSON value) of each line of a JSONL file, gzipped or not; empty lines are passed over.
-
-    Raises: DataError naming file and line.
-    """
-    for where, line in raw_lines(path):
-        yield where, parse_json(line, where)
 
 
 def text_of(record: object, key: str, where: str) -> str:

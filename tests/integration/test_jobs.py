@@ -4,18 +4,22 @@ import json
 import uuid
 
 import pytest
+import torch
 
 from nanochat import storage
 from nanochat.cluster import jobs
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
+from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import CheckpointError, ConfigError
+from nanochat.provenance import file_identity
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
-from nanochat.training.checkpoint import Checkpoint
+from nanochat.training.checkpoint import Checkpoint, CheckpointWriter
 from nanochat.training.metrics import progress_line
 
 
@@ -146,6 +150,89 @@ def test_data_are_prepared_once(prepare, tmp_path):
     assert said_again == said
     assert again.manifest_hash == packed.manifest_hash
     assert before == times_of(tmp_path / "run" / "tokenizer") | times_of(tmp_path / "run" / "shards" / "train")
+
+
+@pytest.mark.parametrize(
+    ("sft", "character"),
+    [
+        ({"mixture": ["arithmetic", "identity"], "identity": "me.toml"}, "me.toml"),
+        ({"mixture": ["identity=you.toml*3"], "identity": None}, "you.toml"),
+        ({"mixture": ["identity*3"], "identity": None}, None),
+        ({"mixture": ["arithmetic=x"], "identity": "me.toml"}, None),
+        (None, None),
+    ],
+)
+def test_the_character_that_was_trained_is_found(tmp_path, monkeypatch, sft, character):
+    monkeypatch.chdir(tmp_path)
+    identity = {}
+    if character is not None:
+        (tmp_path / character).write_text('name = "Ada"')
+        identity = file_identity([character])
+    if sft is not None:
+        storage.write_json(f"{tmp_path}/sft/config.json", {"config": {"sft": sft}, "identity": identity})
+    assert jobs.trained_character(str(tmp_path)) == character
+    if character is not None:
+        (tmp_path / character).write_text('name = "Bob"')
+        with pytest.raises(ConfigError, match=f"identity={character}: is not what was trained any more"):
+            jobs.trained_character(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "hf", "asked"),
+    [
+        ((), None, ["sft"]),
+        (("pretrain",), None, ["pretrain"]),
+        ((), "models/gpt2", []),
+        (("sft",), "models/gpt2", ["sft"]),
+    ],
+)
+def test_which_models_are_scored_and_as_whom(tmp_path, monkeypatch, names, hf, asked):
+    monkeypatch.setattr(jobs, "trained_character", lambda run_dir: "me.toml")
+    seen = []
+    monkeypatch.setattr(jobs.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(jobs, "named_model", lambda run_dir, name, note: jobs.Model(name, name))
+    monkeypatch.setattr(jobs, "evaluate", lambda evaluator, run: seen.append(evaluator) or {})
+    config = EvaluationConfig(models=names, hf=hf, core="bundle" if hf else None)
+    jobs.evaluate_models(str(tmp_path), config, ClusterConfig(), Screen())
+    assert list(seen[0].models) == [*asked, *(["hf_gpt2"] if hf else [])]
+    assert seen[0].config.identity == ("me.toml" if "sft" in asked else None)
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud_and_a_named_one_refused(tmp_path):
+    said = []
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+        jobs.named_model(str(tmp_path), "sft", said.append)
+    for step, is_whole in ((2, True), (4, False)):
+        write_checkpoint(tmp_path / "sft" / "checkpoints" / f"step_{step:06d}", is_whole)
+    found = jobs.named_model(str(tmp_path), "sft", said.append)
+    assert (found.name, found.checkpoint) == ("sft", f"{tmp_path}/sft/checkpoints/step_000002")
+    assert len(said) == 1
+    assert "step_000004" in said[0]
+    with pytest.raises(CheckpointError, match=r"checkpoint=.*step_000004: .*Name pretrain, sft, or a complete"):
+        jobs.named_model(str(tmp_path), f"{tmp_path}/sft/checkpoints/step_000004", said.append)
+
+
+def write_checkpoint(folder, is_whole: bool) -> None:
+    """A checkpoint of one parameter, or one with a flipped bit."""
+    writer = CheckpointWriter(str(folder.parent), rank=0, world_size=1, keep=9, attempt="a")
+    writer.save(int(folder.name[5:]), {"w": torch.nn.Parameter(torch.ones(3))}, {}, {})
+    writer.wait()
+    if not is_whole:
+        file = next(folder.glob("model*.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+
+def test_the_tokenizer_of_a_model_from_elsewhere_is_its_own_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+    (tmp_path / "a" / "tokenizer" / "tokenizer.json").write_text("{}")
+    checkpoint = f"{tmp_path}/a/pretrain/checkpoints/step_000002"
+    assert jobs.tokenizer_of(f"{tmp_path}/b", checkpoint) == f"{tmp_path}/a/tokenizer"
+    (tmp_path / "b" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert jobs.tokenizer_of(f"{tmp_path}/b", checkpoint) == f"{tmp_path}/b/tokenizer"
+    assert jobs.tokenizer_of(f"{tmp_path}/c", "elsewhere/x/y/step_000001") == f"{tmp_path}/c/tokenizer"
 
 
 def test_a_short_run_in_an_object_store_ends_with_its_score(tiny_run, monkeypatch):

@@ -82,6 +82,12 @@ def test_the_task_judges_each_sample_of_each_problem():
     assert not any(verdict.is_right for verdict in verdicts if verdict.index == 3), "eight bytes are not sixty"
 
 
+def test_like_questions_draw_from_seeds_of_their_own():
+    task = Lengths("lengths", "test", [QUESTIONS[1]] * 6)
+    verdicts = judge(random_model(), TOKENIZER, task, range(6), max_new_tokens=8, temperature=1.0)
+    assert len({verdict.reply for verdict in verdicts}) > 1
+
+
 class Letters(ListedTask):
     kind = "choose"
 
@@ -146,6 +152,8 @@ def test_chat_core_is_the_mean_of_centred_scores_and_says_how_many():
     mixed = {"gsm8k": score, "mmlu": score | {"settings": other}, "arc_easy": score | {"settings": other}}
     assert chat_core(mixed, other)["title"] == "ChatCORE on 2 of 6 tasks"
     assert chat_core(mixed, {"seed": 2}) is None
+    letters = {"mmlu": score | {"settings": {"seed": 0}}, "gsm8k": score | {"settings": {"seed": 0, "temperature": 1}}}
+    assert chat_core(letters, {"seed": 0})["title"] == "ChatCORE on 2 of 6 tasks", "what both say agrees"
 
 
 def test_the_table_has_n_and_error_of_every_score():

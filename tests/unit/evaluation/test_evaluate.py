@@ -20,9 +20,10 @@ def evaluator(run_dir, weights: str = "a", **changes) -> Evaluator:
     return Evaluator(config, RunContext(), str(run_dir), [Model("sft", checkpoint)])
 
 
-def scores_of(run_dir, monkeypatch, verdicts, **changes) -> dict:
+def scores_of(run_dir, monkeypatch, verdicts, note=print, **changes) -> dict:
     """Evaluate with verdicts made up for each item."""
     one = evaluator(run_dir, **changes)
+    one.run = RunContext(note=note)
     monkeypatch.setattr(Evaluator, "__call__", lambda self, item: verdicts(item))
     return evaluate(one, RunContext())["sft"]
 
@@ -44,9 +45,38 @@ def test_scores_of_the_same_weights_add_up_and_of_others_replace_them(tmp_path, 
     assert read_json(f"{tmp_path}/evaluation/sft.json")["chat"] == found["chat"]
     again = scores_of(tmp_path, monkeypatch, all_wrong, tasks=("spelling",), max_per_task=8)
     assert again["chat"]["spelling"]["accuracy"] == again["chat_core"]["value"] == 0.0
-    other = scores_of(tmp_path, monkeypatch, all_right, weights="b", tasks=("arithmetic",), max_per_task=8)
+    said = []
+    other = scores_of(tmp_path, monkeypatch, all_right, said.append, weights="b", tasks=("arithmetic",), max_per_task=8)
     assert other["chat"].keys() == {"arithmetic"}
-    assert other["chat_core"] is None or other["chat_core"]["value"] != 0.0
+    assert other["chat_core"] is None
+    assert read_json(f"{tmp_path}/evaluation/earlier/sft_a.json")["chat"] == again["chat"]
+    assert len(said) == 1
+    assert said[0].endswith(f"go to {tmp_path}/evaluation/earlier/sft_a.json")
+
+
+def test_what_was_asked_for_reaches_the_judge(tmp_path, monkeypatch):
+    changes = {"samples": 2, "temperature": 0.5, "max_new_tokens": 7, "seed": 3, "batch_tokens": 5}
+    one, asked = evaluator(tmp_path, **changes), []
+    monkeypatch.setattr("nanochat.evaluation.evaluate.judge", lambda *_, **options: asked.append(options))
+    monkeypatch.setattr(Evaluator, "model", lambda self, name: None)
+    one.tokenizer = None
+    one(Item("sft", "chat", "spelling", 0, 4))
+    assert asked == [changes]
+
+
+def test_each_model_is_scored_with_its_own_weights_and_one_is_held_at_a_time(tmp_path, monkeypatch):
+    loaded = []
+
+    def load(checkpoint, *_):
+        loaded.append(checkpoint.folder)
+        return checkpoint.folder
+
+    monkeypatch.setattr("nanochat.evaluation.evaluate.load_model", load)
+    models = [Model("a", "folder/a"), Model("b", "folder/b")]
+    one = Evaluator(EvaluationConfig(), RunContext(), str(tmp_path), models)
+    one.tokenizer = None
+    assert [one.model(name) for name in "aabba"] == [f"folder/{name}" for name in "aabba"]
+    assert loaded == ["folder/a", "folder/b", "folder/a"]
 
 
 def test_settings_stand_beside_each_score(tmp_path, monkeypatch):
@@ -74,7 +104,7 @@ def test_texts_that_are_no_unicode_are_kept_as_far_as_they_go(tmp_path, monkeypa
     assert written[0]["question"] == "half ?"
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '{"chat": {"a": {}}, "weights": "a"}', '{"chat": {'])
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"chat": {"a": {}}, "weights": "a", "checkpoint": "x"}', '{"chat": {'])
 def test_a_stray_file_is_named_before_anything_is_scored(tmp_path, monkeypatch, text):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "sft.json").write_text(text)
@@ -82,6 +112,11 @@ def test_a_stray_file_is_named_before_anything_is_scored(tmp_path, monkeypatch, 
     with pytest.raises(DamagedFileError, match=r"evaluation/sft\.json"):
         scores_of(tmp_path, monkeypatch, asked.append)
     assert not asked
+
+
+def test_nothing_to_score_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="there is nothing to score"):
+        scores_of(tmp_path, monkeypatch, all_right, tasks=())
 
 
 def test_a_task_that_is_named_twice_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from nanochat.config.evaluation import EvaluationConfig
 from nanochat.errors import ConfigError, DataError
 from nanochat.evaluation.core import core_result, load_bundle, score_examples
 from nanochat.evaluation.evaluate import Evaluator, Model, evaluate
-from nanochat.evaluation.hf_model import HFScorer
+from nanochat.evaluation.hf_model import HFScorer, weights_of
 from nanochat.evaluation.scoring import Option
 from nanochat.run_context import RunContext
 
@@ -103,7 +103,7 @@ def test_evaluate_scores_a_transformers_model_on_core_alone(folder, tmp_path):
     }
     assert found["chat"] == {}
     assert "bits_per_byte" not in found
-    assert found["weights"] == folder
+    assert found["weights"] == weights_of(folder) != weights_of(str(tmp_path))
 
 
 def test_greedy_equal_and_cropped_options(folder, alone):

@@ -10,7 +10,7 @@ from naive_core import gpt_forward, naive_scores, randomise
 
 from nanochat.config.model import ModelConfig, stock
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.errors import DataError
+from nanochat.errors import CheckpointError, DataError
 from nanochat.evaluation.scoring import GPTScorer, Option, common_prefix, cropped, cut_by_length
 from nanochat.model.gpt import GPT
 
@@ -134,6 +134,14 @@ def test_equal_options_tie_exactly_and_are_scored_once(model, monkeypatch):
     assert scores[0] == scores[3]
     assert [score.mean_nats for score in scores[:2]] == pytest.approx([alone[1].mean_nats, alone[0].mean_nats])
     assert [shape[0] for shape in rows["forward"]] == [1, 2]
+
+
+def test_a_model_that_computes_no_numbers_has_no_score():
+    broken = randomise(GPT(EVERYTHING)).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="nats=nan"):
+        GPTScorer(broken, BYTES).score([choices(9, [2, 2], 5)])
 
 
 def spied_rows(model: GPT, monkeypatch) -> dict[str, list[tuple[int, ...]]]:

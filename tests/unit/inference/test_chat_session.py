@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_engine import CALL, CALLED, END, OUTPUT, TOKENIZER, TOLD, Script, spelled
 
-from nanochat.data.conversations import Part, parse_conversation, render
+from nanochat.data.conversations import Part, as_messages, parse_conversation, render
 from nanochat.errors import ConfigError
 from nanochat.inference.chat_session import ChatSession
 from nanochat.inference.engine import Event, Request
@@ -81,6 +81,41 @@ def test_an_answer_cut_by_the_limit_is_closed_too():
     assert "".join(part.text for part in chat.ask("?")) == "xxxxx"
     assert chat.turns[1][-1] == END
     assert len(chat.turns[1]) == 1 + 5 + 1
+
+
+SHAPES = [
+    [OUTPUT, *spelled("2"), TOLD, *spelled("b")],
+    [CALL, *spelled("1+1"), CALLED, *spelled("b")],
+    [CALL, *spelled("1+1"), CALL, *spelled("2+2"), CALLED, OUTPUT, *spelled("4"), TOLD, *spelled("b")],
+    [*spelled("b"), CALL, *spelled("1+1"), CALLED, OUTPUT, *spelled("2"), TOLD, OUTPUT, *spelled("3"), TOLD],
+    [*spelled(" "), CALL, *spelled("1+1"), CALLED, *spelled(" "), OUTPUT, *spelled("2"), TOLD, *spelled("b")],
+    [CALL, *spelled("1+1"), CALLED],
+]
+
+
+@pytest.mark.parametrize("said", SHAPES)
+def test_what_is_saved_is_a_conversation_whatever_the_model_said(said):
+    chat = session([*said, END])
+    list(chat.ask("?"))
+    saved = as_messages(chat.conversation())
+    if saved["messages"]:
+        assert parse_conversation(saved, "f:1") == chat.conversation()
+    assert ("b" in str(saved)) == (ord("b") in said)
+
+
+def test_an_answer_that_was_never_begun_leaves_no_question():
+    chat = session([*spelled("ok"), END], [*spelled("ok"), END])
+    chat.ask("one?").close()
+    assert chat.conversation().messages == ()
+    list(chat.ask("two?"))
+    assert [message.text for message in chat.conversation().messages] == ["two?", "ok"]
+
+
+def test_draws_are_from_what_was_asked_for():
+    chat = session([END], temperature=0.5, top_k=7, seed=3)
+    list(chat.ask("?"))
+    (asked,) = chat.source.requests
+    assert (asked.temperature, asked.top_k, asked.seed) == (0.5, 7, 3)
 
 
 def test_old_turns_are_forgotten_when_the_model_reads_no_more():

@@ -1,5 +1,7 @@
 """The engine gives every request what it would get alone; the tool loop puts the tool's words in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.engine import Engine, Event, Request, complete, uniform
-from nanochat.inference.tool_loop import NO_RESULT, ToolLoop
+from nanochat.inference.tool_loop import MAX_CALLS, NO_RESULT, ToolLoop
 from nanochat.model.gpt import GPT
 
 STOP = 0
@@ -86,6 +88,45 @@ def test_seeds_differ_and_positions_too():
     model = random_model()
     texts = {tuple(complete(Engine(model), [request([5], temperature=1.0, seed=seed)])[0].tokens) for seed in range(5)}
     assert len(texts) == 5
+
+
+def test_a_request_that_goes_on_where_another_stopped_draws_what_that_would_have():
+    model = random_model()
+    whole = request([5, 7], temperature=1.0, seed=3, stop_tokens=frozenset())
+    tokens = complete(Engine(model), [whole])[0].tokens
+    rest = replace(whole, prompt=(5, 7, *tokens[:9]), max_new_tokens=15, first_position=9)
+    assert complete(Engine(model), [rest])[0].tokens == tokens[9:]
+    assert complete(Engine(model), [replace(rest, first_position=0)])[0].tokens != tokens[9:]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_banned_tokens_are_never_sampled_and_others_requests_may(temperature):
+    model = random_model()
+    free = request([5], temperature=temperature, seed=1, stop_tokens=frozenset())
+    said = complete(Engine(model), [free])[0].tokens
+    banned = replace(free, banned=frozenset(said[:2]))
+    both = complete(Engine(model), [banned, free])
+    assert both[1].tokens == said
+    assert not set(both[0].tokens) & set(said[:2])
+
+
+def test_waiting_requests_are_prefilled_together_when_enough_slots_are_free():
+    """One free slot of eight does not stop the others for a prefill of its own while more wait."""
+    engine = Engine(random_model(), slots=8)
+    for number in range(20):
+        engine.add(request([5, 6], max_new_tokens=4 + number % 8, stop_tokens=frozenset()))
+    sizes, prefill = [], engine._prefill
+
+    def counted(admitted):
+        sizes.append(len(admitted))
+        return prefill(admitted)
+
+    engine._prefill = counted
+    while engine.step():
+        pass
+    assert sum(sizes) == 20
+    assert sizes[0] == 8
+    assert min(sizes[:-1]) >= 2
 
 
 def test_an_aborted_request_gives_no_more_and_disturbs_no_one():
@@ -184,6 +225,20 @@ def test_two_calls_and_a_call_without_a_result():
     assert completion.tokens == says
     assert len(engine.added) == 3
     assert run([CALLED, *no_result, END])[0].tokens == [CALLED, *no_result, END], "an end without a start"
+
+
+def test_the_model_cannot_say_what_the_tool_says():
+    says = [CALL, *spelled("2+3"), CALLED, OUTPUT, *spelled("5"), TOLD, END]
+    _, engine = run(says)
+    assert all({OUTPUT, TOLD} <= one.banned for one in engine.added)
+
+
+def test_a_model_that_calls_for_ever_is_stopped():
+    call = [CALL, *spelled("1+1"), CALLED, OUTPUT, *spelled("2"), TOLD]
+    completion, engine = run(call * (MAX_CALLS + 5), max_new_tokens=10_000)
+    assert completion.finish_reason == "length"
+    assert len(engine.added) == MAX_CALLS + 1
+    assert completion.tokens == (call * (MAX_CALLS + 1))[: len(completion.tokens)]
 
 
 @pytest.mark.parametrize("limit", [1, 4, 5, 6, 7, 8, 9, 10, 11])

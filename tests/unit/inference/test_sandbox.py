@@ -235,10 +235,24 @@ def test_a_file_and_open_files_are_bounded():
     assert (number, count < sandbox_child.MAX_FILES) == (24, True)
 
 
+def test_files_that_are_deleted_while_open_are_bounded_too():
+    code = (
+        "import os\nx = []\ntry:\n  while True:\n    x.append(open('x', 'wb'))\n    os.unlink('x')\n"
+        "    x[-1].write(b'x' * (1 << 20)); x[-1].flush()\nexcept OSError: print(len(x))"
+    )
+    outcome = run(code, Limits(timeout_s=30, disk_bytes=4 << 20))
+    assert outcome.status == "ok"
+    assert 4 < int(outcome.stdout) < sandbox_child.MAX_FILES
+
+
+def test_no_memory_beside_the_counted_one():
+    refused("check(libc.memfd_create(b'x', 0))", "os.memfd_create('x')")
+
+
 @pytest.mark.parametrize(
     "code",
     [
-        "for n in range(10**6): open(str(n), 'wb').write(b'x' * (1 << 20))",
+        "for n in range(10**6): open(str(n), 'wb').write(b'x' * (1 << 18))",
         "for n in range(10**6): open(str(n), 'w').close()",
         "import os\nfor n in range(10**6): os.mkdir('d'); os.chdir('d'); open('x', 'w').write('x' * 10**5)",
         "import os\nfor n in range(10**6): os.mkdir('d' * 200); os.chdir('d' * 200)",

@@ -12,6 +12,7 @@ from tiny_run import CONFIG, HOSTILE, STEP
 
 import nanochat
 from nanochat import storage
+from nanochat.data.conversations import supervised
 from nanochat.data.packing import Packer
 from nanochat.data.row_order import RowOrder
 from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
@@ -32,6 +33,15 @@ def page(tiny_run, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("walk") / "tiny"
     shutil.copytree(tiny_run, run_dir)
     return Path(write_walk(str(run_dir))).read_text()
+
+
+def test_the_conversations_mask_is_what_is_trained_on(walk):
+    (section,) = (section for section in SECTIONS if section.name == "conversation")
+    values = section.values(walk)
+    ids = np.array([token["id"] for token in values["tokens"]])
+    says = [token["says"] for token in values["tokens"]]
+    assert says == supervised(walk.tokenizer, ids).tolist()
+    assert 0 < sum(says) == values["supervised"] < len(says) == values["count"]
 
 
 @pytest.fixture(scope="module")

@@ -66,11 +66,12 @@ def score(accuracy: float, n: int, right: list[dict[str, object]], wrong: list[d
 
 SCORES = {
     "pretrain": {
-        "weights": "a", "chat_core": None,
+        "weights": "a", "checkpoint": "x", "chat_core": None,
         "chat": {"arithmetic": score(0.0125, 80, [], [problem("base?", "mumble", False)])},
     },
     "sft": {
         "weights": "b",
+        "checkpoint": "y",
         "chat": {
             "arithmetic": score(0.9375, 80, [problem(f"sum {n}?", f"[{n}+1 = {n + 1}]", True) for n in range(5)],
                                 [problem("hard?", HOSTILE, False)]),

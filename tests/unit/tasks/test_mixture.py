@@ -17,7 +17,7 @@ from nanochat.errors import ConfigError, DataError
 from nanochat.run_context import RunContext
 from nanochat.storage import read_json
 from nanochat.tasks import mixture_shards
-from nanochat.tasks.mixture import Mixture, MixturePart, MixtureSource, load_mixture, parse_part
+from nanochat.tasks.mixture import Mixture, MixturePart, MixtureSource, load_mixture, parse_part, with_absolute_paths
 from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.tasks.registry import LOADERS, load_task
 from nanochat.tasks.task import Task, TaskFiles
@@ -159,6 +159,36 @@ class SameQuestion(Numbers):
         return exchange("the same", f"{index}")
 
 
+class Chats(Numbers):
+    """Chats that all begin alike and end with thanks; every second is there twice."""
+
+    kind = "unscored"
+
+    def conversation(self, index: int):
+        turns = [
+            exchange("Write a poem.", f"poem {index // 2 * 2 if index % 4 == 0 else index}"),
+            exchange("Thanks!", "!"),
+        ]
+        return Conversation(turns[0].messages + turns[1].messages)
+
+
+def test_of_chats_just_copies_of_what_is_held_out_stay_out():
+    mixture = Mixture(source(MixturePart(task="c"), validation_conversations=20), [(Chats("c", 400), None)])
+    assert len(mixture) > 350, "how a chat begins or ends does not keep it out"
+    assert mixture.left_out == 400 - 20 - len(mixture)
+    said = [[message.text for message in one.messages] for one in mixture]
+    assert not any([message.text for message in one.messages] in said for one in mixture.validation())
+
+
+def test_paths_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = SftConfig(mixture=("arithmetic*2", "messages=a/b.jsonl*0.5", "gsm8k=/x~0.1"), identity="me.toml")
+    found = with_absolute_paths(config)
+    assert found.mixture == ("arithmetic*2", f"messages={tmp_path}/a/b.jsonl*0.5", "gsm8k=/x~0.1")
+    assert found.identity == f"{tmp_path}/me.toml"
+    assert with_absolute_paths(found) == found
+
+
 def test_tasks_are_spread_through_the_whole():
     mixture = mixed((500, MixturePart(task="a")), (500, MixturePart(task="b")))
     half = [question[0] for question in questions(mixture)[: len(mixture) // 2]]
@@ -250,12 +280,14 @@ def test_shares_without_a_size_and_unknown_tasks_are_refused():
 
 def test_files_of_ones_own_are_known(tmp_path):
     (tmp_path / "folder" / "below").mkdir(parents=True)
-    for name in ("c.jsonl", "me.toml", "folder/train.jsonl"):
+    for name in ("c.jsonl", "me.toml", "folder/train.jsonl", "folder/below/x.csv"):
         (tmp_path / name).write_text("x")
     mixture = ("arithmetic", "identity", f"messages={tmp_path}/c.jsonl*2", f"gsm8k={tmp_path}/folder", "spelling=gone")
     config = SftConfig(mixture=mixture, identity=f"{tmp_path}/me.toml")
     found = MixtureSource.of(config, "x").files()
-    assert found == [f"{tmp_path}/{name}" for name in ("me.toml", "c.jsonl", "folder/train.jsonl")]
+    assert found == [
+        f"{tmp_path}/{name}" for name in ("me.toml", "c.jsonl", "folder/below/x.csv", "folder/train.jsonl")
+    ]
 
 
 # --- rows

@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import re
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from nanochat.data.conversations import exchange
 from nanochat.errors import ConfigError, DataError
 from nanochat.tasks import task as task_module
+from nanochat.tasks.registry import load_task
 from nanochat.tasks.task import (
     Excerpt,
     ListedTask,
@@ -23,7 +25,6 @@ from nanochat.tasks.task import (
     of_split,
     parse_json,
     raw_lines,
-    read_lines,
     read_table,
     text_of,
 )  # fmt: skip
@@ -45,6 +46,11 @@ class Numbers(Task):
     @staticmethod
     def reward(conversation, reply):
         return 0.5 if reply == "half" else Task.reward(conversation, reply)
+
+
+def lines_of(path):
+    """(where, value) of each line."""
+    return ((where, parse_json(line, where)) for where, line in raw_lines(path))
 
 
 def numbers(task):
@@ -169,10 +175,10 @@ def test_without_a_path_the_file_is_downloaded_from_home_or_mirror(tmp_path, mon
 def test_lines_are_numbered_as_an_editor_does(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n\r\n   \n[2]\r\n3')
-    assert list(read_lines(str(path))) == [(f"{path}:1", {"a": "\u2028"}), (f"{path}:4", [2]), (f"{path}:5", 3)]
+    assert list(lines_of(str(path))) == [(f"{path}:1", {"a": "\u2028"}), (f"{path}:4", [2]), (f"{path}:5", 3)]
     zipped = tmp_path / "a.jsonl.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes()))
-    assert [value for _, value in read_lines(str(zipped))] == [{"a": "\u2028"}, [2], 3]
+    assert [value for _, value in lines_of(str(zipped))] == [{"a": "\u2028"}, [2], 3]
 
 
 @pytest.mark.parametrize(
@@ -181,9 +187,9 @@ def test_lines_are_numbered_as_an_editor_does(tmp_path):
 )
 def test_a_line_that_is_no_json_is_named_and_quoted_in_one_line(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b"1\n\n" + line + b"\n4\n")
-    lines = read_lines(str(tmp_path / "a.jsonl"))
+    lines = lines_of(str(tmp_path / "a.jsonl"))
     assert next(lines)[1] == 1
-    with pytest.raises(DataError, match=r"a\.jsonl:3: is no JSON") as caught:
+    with pytest.raises(DataError, match=r"a\.jsonl:3: is no (JSON|UTF-8)") as caught:
         next(lines)
     assert len(str(caught.value)) < 500
     assert str(caught.value).isprintable()
@@ -192,7 +198,7 @@ def test_a_line_that_is_no_json_is_named_and_quoted_in_one_line(tmp_path, line):
 def test_a_line_may_be_long(tmp_path):
     text = "\U0001f600x" * 2_000_000
     (tmp_path / "a.jsonl").write_text(json.dumps([text], ensure_ascii=False))
-    assert next(read_lines(str(tmp_path / "a.jsonl")))[1] == [text]
+    assert next(lines_of(str(tmp_path / "a.jsonl")))[1] == [text]
 
 
 def cut(content):
@@ -212,9 +218,33 @@ def test_a_damaged_archive_is_named(tmp_path, damage):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    for path in (tmp_path, tmp_path / "no.jsonl"):
-        with pytest.raises(DataError, match=f"{path}: cannot be read"):
-            list(read_lines(str(path)))
+    for path, rule in ((tmp_path, "cannot be read"), (tmp_path / "no.jsonl", "there is no such file")):
+        with pytest.raises(DataError, match=f"{path}: {rule}"):
+            list(lines_of(str(path)))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "humaneval"])
+def test_malformed_rows_are_dropped_and_counted(tmp_path, name):
+    rows = {
+        "gsm8k": ({"question": "q", "answer": "#### 2"}, {"question": "q", "answer": None}, "train.jsonl"),
+        "arc_easy": (
+            {"query": "q", "choices": ["a", "b"], "gold": 1}, {"query": "q", "choices": ["a"], "gold": 0},
+            "arc_easy.jsonl",
+        ),
+        "humaneval": (
+            dict.fromkeys(("task_id", "prompt", "entry_point", "test", "canonical_solution"), "x"), {"prompt": "x"},
+            "HumanEval.jsonl",
+        ),
+    }  # fmt: skip
+    good, bad, file = rows[name]
+    (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good, good)) + "{\n")
+    split = "train" if name == "gsm8k" else "test"
+    files = TaskFiles(folder="x", path=str(tmp_path), malformed="drop")
+    task = load_task(name, split, files)
+    assert len(task) == (2 if split == "train" else 3), "of GSM8K the last half is val"
+    assert sum(task.dropped.values()) == 2
+    with pytest.raises(DataError, match=rf"{file}:2: "):
+        load_task(name, split, replace(files, malformed="error"))
 
 
 def test_json_of_any_kind_is_a_value():

@@ -12,12 +12,16 @@ import worker_group
 from test_step import random_model
 from tiny_sft import SEQUENCE_LEN, TOKENIZER, SftRun
 
+from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Part, exchange, render, supervised
 from nanochat.errors import CheckpointError, ConfigError, TokenizerMismatchError
 from nanochat.model.optimizer import StepSchedule
+from nanochat.run_context import RunContext
 from nanochat.storage import read_jsonl
+from nanochat.tasks.task import ListedTask
+from nanochat.training import sft
 from nanochat.training.checkpoint import step_folder
-from nanochat.training.sft import resolve_sft
+from nanochat.training.sft import FineTuning, resolve_sft
 from nanochat.training.step import TrainingStep, document_numbers
 
 A = exchange(
@@ -155,7 +159,6 @@ def test_an_interrupted_run_ends_with_the_same_bits(new_run, monkeypatch):
     assert by_step[0] == by_step[1]
 
 
-@pytest.mark.slow
 def test_two_workers_compute_what_one_does(new_run, tmp_path):
     run = new_run()
     run(run.config(sample_every=0, checkpoint_every=0, num_steps=1))  # packs the shards
@@ -234,6 +237,54 @@ def test_it_learns_to_answer_and_is_scored_on_the_way(new_run):
     assert checkpoint is not None
     samples = read_jsonl(str(run.root / "sft" / "samples.jsonl"))[-1]["samples"]
     assert "yes" in samples.values()
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 0.8), (5, 0.8), (6, 0.8 * 4 / 5), (8, 0.8 * 2 / 5), (9, 0.8 / 5), (10, 0.0)]
+)
+def test_the_learning_rate_is_constant_and_then_falls_to_zero(step, factor):
+    config = SftConfig(first_lr_factor=0.8, warmdown_fraction=0.5, weight_decay=0.25)
+    schedule = FineTuning.schedule(SimpleNamespace(config=config, plan=SimpleNamespace(num_steps=10)), step)
+    assert schedule.lr_factor == pytest.approx(factor)
+    assert (schedule.muon_momentum, schedule.muon_weight_decay) == (0.9, 0.25)
+
+
+class Parity(ListedTask):
+    """Ten problems; of a made-up judge the even ones are right."""
+
+    kind = "generate"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_held_out_problems_are_put_to_the_model_every_worker_its_share(rank, monkeypatch):
+    asked = []
+
+    def judged(model, tokenizer, task, indices):
+        asked.append(list(indices))
+        return [SimpleNamespace(is_right=index % 4 == 0) for index in indices]
+
+    def reduced(right):
+        right += 2.0  # of the other worker
+
+    monkeypatch.setattr(sft, "judge", judged)
+    monkeypatch.setattr(sft, "inference_copy", lambda model: model)
+    monkeypatch.setattr(sft, "dist", SimpleNamespace(all_reduce=reduced))
+    monkeypatch.setattr(sft, "answer", lambda *_, **__: [SimpleNamespace(shown="x")] * 3)
+    written = []
+    unscored = Parity("notes", "train", [A] * 3)
+    unscored.kind = "unscored"
+    loop = SimpleNamespace(
+        context=RunContext(rank=rank, world_size=2), model=None, tokenizer=TOKENIZER, config=SftConfig(chat_problems=9),
+        held_out=[Parity("parity", "val", [A] * 20), unscored, Parity("few", "val", [A] * 4)],
+        hardware=SimpleNamespace(device=torch.device("cpu")),
+        metrics=SimpleNamespace(write=written.append, write_samples=lambda *_: None),
+    )  # fmt: skip
+    monkeypatch.setattr(sft, "SAMPLE_QUESTIONS", ())
+    FineTuning.sample(loop, 7)
+    shares = [list(range(rank, 9, 2)), list(range(rank, 4, 2))]
+    assert asked == shares
+    rights = [sum(index % 4 == 0 for index in share) for share in shares]
+    assert written == [{"step": 7, "chat_parity": (rights[0] + 2) / 9, "chat_few": (rights[1] + 2) / 4}]
 
 
 def test_another_base_model_is_refused(new_run, base, tmp_path):
