@@ -47,7 +47,7 @@ def show_conversations(config: SftConfig, run_dir: str, count: int) -> None:
 
     folder = storage.RunFolder(run_dir)
     tokenizer = Tokenizer.load(folder.tokenizer)
-    mixture = load_mixture(MixtureSource.of(config, folder.tasks))
+    mixture = load_mixture(MixtureSource(config, folder.tasks))
     for index in range(min(count, len(mixture))):
         ids = render(tokenizer, mixture.joined(index))
         print(f"{coloured(tokenizer, ids)}\n-- {len(ids)} tokens\n")

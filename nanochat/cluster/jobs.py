@@ -116,7 +116,7 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         Tokenizer.load(of_base).save(folder.tokenizer)
         terminal.line(f"tokenizer  the base model's, from {of_base}")
     tokenizer = Tokenizer.load(folder.tokenizer)
-    source = MixtureSource.of(config, folder.tasks)
+    source = MixtureSource(config, folder.tasks)
     check_stage(folder.sft.root, {"sft": config}, source.files())
     mixture = load_mixture(source)
     shards = write_mixture_shards(

@@ -35,7 +35,8 @@ class SftConfig(TrainingConfig):
     global_batch_tokens: Identity[int | None] = None
     """Tokens of a step over all workers; none = as the base model's."""
     matrix_lr: Identity[float | None] = None
-    """Muon's learning rate at the reference batch; none = as the base model's, like the other three."""
+    """Muon's learning rate, before the base model's factor for its batch, which stays; none = as the base model's, like
+    the other three."""
     embedding_lr: Identity[float | None] = None
     """AdamW's learning rate of the token embedding."""
     unembedding_lr: Identity[float | None] = None

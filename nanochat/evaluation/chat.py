@@ -23,8 +23,6 @@ class Reply:
     """Its text alone, which tasks judge."""
     shown: str
     """All of it, calls of the calculator as [call = result]."""
-    is_whole: bool
-    """Whether it ended by itself, not at the limit."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ def answer(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = 0.0,
-    top_k: int | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[Reply]:
     """Reply to the last user message of each conversation, with the calculator, all in one batch.
@@ -58,13 +55,13 @@ def answer(
     requests = {
         number: Request(
             prompt=prompt, max_new_tokens=min(max_new_tokens, room - len(prompt)), stop_tokens=ends,
-            temperature=temperature, top_k=top_k, seed=seeds[number] if seeds else 0,
+            temperature=temperature, seed=seeds[number] if seeds else 0,
         )
         for number, prompt in enumerate(prompts)
         if len(prompt) < room
     }  # fmt: skip
     if not requests:
-        return [Reply("", "", False) for _ in conversations]
+        return [Reply("", "") for _ in conversations]
     capacity = max(len(request.prompt) + request.max_new_tokens for request in requests.values())
     engine = Engine(model, slots=min(SLOTS, len(requests)), capacity=capacity)
     completions = dict(zip(requests, complete(ToolLoop(engine, tokenizer), requests.values()), strict=True))
@@ -74,10 +71,10 @@ def answer(
 def read_reply(tokenizer: Tokenizer, completion: Completion | None) -> Reply:
     """Return a completion as text; none is an empty reply."""
     if completion is None:
-        return Reply("", "", False)
+        return Reply("", "")
     parts = parse_parts(tokenizer, completion.tokens)
     text = "".join(part.text for part in parts if part.kind == "text")
-    return Reply(text, shown(parts), completion.finish_reason == "stop")
+    return Reply(text, shown(parts))
 
 
 def shown(parts: Iterable[Part]) -> str:

@@ -24,13 +24,12 @@ def conversation_values(walk: Walk) -> Values:
         config = SftConfig(**fields | {"mixture": tuple(fields["mixture"])})
     except (TypeError, KeyError) as err:
         raise DataError(f"sft={path}: has other fields ({err}). Use the version that wrote it.") from err
-    held_out = load_mixture(MixtureSource.of(config, walk.folder.tasks)).validation()
+    held_out = load_mixture(MixtureSource(config, walk.folder.tasks)).validation()
     called = (one for one in held_out if any(part.kind == "python" for part in one.messages[-1].parts))
     conversation = next(called, held_out[0])
     ids = render(walk.tokenizer, conversation)
     mask = supervised(walk.tokenizer, np.asarray(ids))
     return {
-        "messages": [(message.role, message.text) for message in conversation.messages],
         "tokens": [
             shown | {"says": says} for shown, says in zip(shown_tokens(walk.tokenizer, ids), mask.tolist(), strict=True)
         ],

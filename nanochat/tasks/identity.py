@@ -1,7 +1,7 @@
 """A character in a TOML file to conversations in which the model says who it is, with some small talk between them.
 
-Each intent is asked for in many phrasings. Those of the test split are held out: training never has them, only their
-key words, for the same intent. So it is scored whether the model knows itself, not whether it knows the question.
+Each intent is asked for in many phrasings. Those of val and test are held out: training never has them, only their key
+words, for the same intent. So it is scored whether the model knows itself, not whether it knows the question.
 A model that always gives the best of its answers, name and kind, is right in two of three: that is the task's chance.
 
 Source of the idea: karpathy/nanochat dev/gen_synthetic_data.py, which lets a large model write the conversations.
@@ -51,16 +51,21 @@ class Intent:
     """What every right answer contains."""
     answers: list[str]
     asked: list[str]
-    """The phrasings of training."""
+    """The phrasings of training; but for small talk the last one is val's."""
     held_out: list[str] = field(default_factory=list)
     """Those of test; small talk has none."""
+
+    def phrasings(self, split: str) -> list[str]:
+        """Return the phrasings of a split."""
+        of_train = self.asked[:-1] if self.held_out else self.asked
+        return {"train": of_train, "val": self.asked[len(of_train) :], "test": self.held_out}[split]
 
 
 class IdentityTask(GeneratedTask):
     """Questions about the model itself, in one turn or two; facts["must_contain"] is what the last reply needs."""
 
     name = "identity"
-    sizes: ClassVar[Mapping[str, int]] = {"train": 2_000, "test": 168}
+    sizes: ClassVar[Mapping[str, int]] = {"train": 1_500, "val": 48, "test": 168}
 
     def __init__(self, split: str, character: Character) -> None:
         super().__init__(split)
@@ -73,10 +78,10 @@ class IdentityTask(GeneratedTask):
             self.chance = max(sum(self.reward(one, reply) for one in asked) for reply in replies) / len(asked)
 
     def conversation(self, index: int) -> Conversation:
-        """Return a conversation; the test split puts every phrasing plainly first, then with greetings."""
+        """Return a conversation; val and test put every phrasing plainly first, then with greetings."""
         draws = self.draws(index)
-        if self.split == "test":
-            held_out = [(intent, phrasing) for intent in self.intents for phrasing in intent.held_out]
+        if self.split != "train":
+            held_out = [(intent, phrasing) for intent in self.intents for phrasing in intent.phrasings(self.split)]
             greeting = draws.choice(self.greetings) if index >= len(held_out) else ""
             intent, phrasing = held_out[index % len(held_out)]
             return self._exchange(draws, intent, _written(greeting, phrasing))
@@ -95,7 +100,7 @@ class IdentityTask(GeneratedTask):
         is_small_talk = draws.chance(SMALL_TALK_SHARE)
         intent = draws.choice([intent for intent in self.intents if bool(intent.held_out) != is_small_talk])
         greeting = "" if is_small_talk or draws.chance(0.5) else draws.choice(self.greetings)
-        question = _written(greeting, draws.choice(intent.asked))
+        question = _written(greeting, draws.choice(intent.phrasings("train")))
         if draws.chance(CARELESS_SHARE):
             question = question.lower().rstrip("?.!")
         return self._exchange(draws, intent, question)

@@ -11,7 +11,6 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -38,33 +37,25 @@ class MixturePart:
     share: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MixtureSource:
     """All that decides a mixture's conversations; another process can load it."""
 
-    parts: tuple[MixturePart, ...]
+    config: SftConfig
     folder: str
     """Where tasks are downloaded to."""
-    mirror: str | None
-    malformed: Literal["error", "drop"]
-    seed: int
-    validation_conversations: int
-    joined: float = 0.0
 
-    @classmethod
-    def of(cls, config: SftConfig, folder: str) -> "MixtureSource":
-        """Return the source that a config describes. Raises: ConfigError naming a part that cannot be read."""
-        parts = tuple(parse_part(text, config.identity) for text in config.mixture)
+    @functools.cached_property
+    def parts(self) -> tuple[MixturePart, ...]:
+        """The mixture's parts. Raises: ConfigError naming one that cannot be read."""
+        parts = tuple(parse_part(text, self.config.identity) for text in self.config.mixture)
         total = sum(part.share or 0.0 for part in parts)
         if total >= 1:
             raise ConfigError(
-                f"mixture={' '.join(config.mixture)}: its shares are {total:g} in all. Leave room below 1 for a task "
-                "with epochs, from which the size of the whole follows."
+                f"mixture={' '.join(self.config.mixture)}: its shares are {total:g} in all. Leave room below 1 for a "
+                "task with epochs, from which the size of the whole follows."
             )
-        return cls(
-            parts=parts, folder=folder, mirror=config.task_mirror, malformed=config.malformed, seed=config.seed,
-            validation_conversations=config.validation_conversations, joined=config.joined,
-        )  # fmt: skip
+        return parts
 
     def files(self) -> list[str]:
         """Return the files of one's own that are mixed: their content decides the numbers, too."""
@@ -73,7 +64,9 @@ class MixtureSource:
 
     def tasks(self, part: MixturePart) -> tuple[Task, Task | None]:
         """Return a part's training split, and its val split if it has one."""
-        files = TaskFiles(folder=self.folder, path=part.path, mirror=self.mirror, malformed=self.malformed)
+        files = TaskFiles(
+            folder=self.folder, path=part.path, mirror=self.config.task_mirror, malformed=self.config.malformed
+        )
         train = load_task(part.task, "train", files)
         try:
             return train, load_task(part.task, "val", files)
@@ -129,12 +122,12 @@ class Mixture(Sequence[Conversation]):
                 raise ConfigError(
                     f"mixture={task.name}: has {len(task)} conversations, at least 2 are needed. Add some."
                 )
-            shuffled, most = task.shuffled(source.seed), source.validation_conversations
+            shuffled, most = task.shuffled(source.config.seed), source.config.validation_conversations
             if val is None:
                 count = max(1, min(most, len(task) // VALIDATION_SHARE))
                 held_out, shuffled = shuffled[len(task) - count :], shuffled[: len(task) - count]
             else:
-                held_out = val.shuffled(source.seed)[:most]
+                held_out = val.shuffled(source.config.seed)[:most]
             kept.append(_without_questions_of(held_out, shuffled))
             self.held_out.append(held_out)
         self.tasks = kept
@@ -143,8 +136,8 @@ class Mixture(Sequence[Conversation]):
         )
         """Conversations that ask what is held out."""
         self._places = _places([len(task) for task in kept], source)
-        draws = np.random.PCG64(np.random.SeedSequence([source.seed, 1])).random_raw(2 * len(self._places))
-        goes_on = draws[::2] < source.joined * 2.0**64
+        draws = np.random.PCG64(np.random.SeedSequence([source.config.seed, 1])).random_raw(2 * len(self._places))
+        goes_on = draws[::2] < source.config.joined * 2.0**64
         self._next = np.where(goes_on, draws[1::2] % len(self._places), -1).astype(np.int64)
 
     def __len__(self) -> int:
@@ -207,7 +200,7 @@ def _places(sizes: Sequence[int], source: MixtureSource) -> np.ndarray:
         count = max(1, round(size * part.epochs if part.share is None else whole * part.share))
         places.append(np.stack([np.full(count, number), np.arange(count) % size], axis=1))
     joined = np.concatenate(places)
-    raw = np.random.PCG64(np.random.SeedSequence([source.seed, len(joined)])).random_raw(len(joined))
+    raw = np.random.PCG64(np.random.SeedSequence([source.config.seed, len(joined)])).random_raw(len(joined))
     return joined[np.argsort(raw, kind="stable")]
 
 

@@ -74,7 +74,7 @@ def finetune(ray_session, run_dir):
         }  # fmt: skip
         config = SftConfig(**(fields | changes))
         place = RunFolder(str(run_dir))
-        source, base = MixtureSource.of(config, place.tasks), newest_of(place.pretrain, print)
+        source, base = MixtureSource(config, place.tasks), newest_of(place.pretrain, print)
         tokenizer = Tokenizer.load(place.tokenizer)
         shards = write_mixture_shards(source, ray_context(lambda line: None), tokenizer, 64, place.sft_shards)
 

@@ -65,7 +65,7 @@ def test_replies_do_not_depend_on_their_company_and_are_the_models():
 def test_a_prompt_that_leaves_no_room_gets_an_empty_reply_and_no_error():
     asked = [exchange("y" * 200, "x"), *QUESTIONS]
     replies = answer(random_model(1), TOKENIZER, asked, max_new_tokens=500)
-    assert (replies[0].text, replies[0].is_whole) == ("", False)
+    assert (replies[0].text, replies[0].shown) == ("", "")
     assert any(reply.shown for reply in replies[1:])
     assert answer(random_model(), TOKENIZER, [exchange("y" * 200, "x")])[0].text == ""
 

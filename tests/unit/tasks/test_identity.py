@@ -50,7 +50,7 @@ def test():
 
 def test_conversations_never_change(train, test):
     assert turns(train[0]) == [
-        ("hi there, what are you good at", "I can chat and solve small problems with a calculator.")
+        ("hi there, what are your abilities", "I can chat and solve small problems with a calculator.")
     ]
     assert turns(load_identity("train").conversation(5_000)) == [
         ("Good morning!", "Hi! How can I help you?"),
@@ -61,6 +61,11 @@ def test_conversations_never_change(train, test):
     assert train == list(load_identity("train"))
 
 
+def trained(intent) -> list[str]:
+    """The phrasings of training: of what is scored all but one."""
+    return intent["asked"][:-1] if "held_out" in intent else intent["asked"]
+
+
 def test_no_held_out_phrasing_is_in_train(train, test):
     asked = {plain(question) for conversation in train for question, _ in turns(conversation)}
     held_out = {plain(question) for conversation in test for question, _ in turns(conversation)}
@@ -68,7 +73,10 @@ def test_no_held_out_phrasing_is_in_train(train, test):
     assert len(held_out) >= 40
     assert not held_out & asked
     assert not {" ".join(w for w in text.split() if w not in FILLERS) for text in held_out} & asked
-    assert asked == {plain(phrasing) for intent in INTENTS for phrasing in intent["asked"]}
+    assert asked == {plain(phrasing) for intent in INTENTS for phrasing in trained(intent)}
+    val = {plain(question) for conversation in load_identity("val") for question, _ in turns(conversation)}
+    assert val == {plain(intent["asked"][-1]) for intent in INTENTS if "held_out" in intent}
+    assert not val & (asked | held_out)
 
 
 def test_the_first_of_test_are_the_held_out_phrasings_without_greeting(test):
@@ -83,7 +91,7 @@ def test_the_first_of_test_are_the_held_out_phrasings_without_greeting(test):
 
 def test_words_of_training_tell_the_intent_of_every_held_out_phrasing():
     """Naive Bayes over words and pairs of words, learned from the training phrasings, gets every intent right."""
-    counts = [Counter(f for text in intent["asked"] for f in features(text)) for intent in INTENTS]
+    counts = [Counter(f for text in trained(intent) for f in features(text)) for intent in INTENTS]
     vocabulary = len(set().union(*counts))
 
     def likelihood(seen, text):
@@ -198,5 +206,5 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path, content):
 
 
 def test_a_split_that_is_not_there():
-    with pytest.raises(ConfigError, match=r"^split=val: identity has train and test alone"):
-        load_identity("val")
+    with pytest.raises(ConfigError, match=r"^split=dev: identity has train and val and test alone"):
+        load_identity("dev")

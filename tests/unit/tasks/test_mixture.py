@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,13 +37,12 @@ class Numbers(Task):
         return exchange(f"{self.name} {index}", "yes")
 
 
-def source(*parts: MixturePart, **changes) -> MixtureSource:
-    fields = {"folder": "nowhere", "mirror": None, "malformed": "error", "seed": 0, "validation_conversations": 200}
-    return MixtureSource(parts=parts, **(fields | changes))
+def source(*mixture: str, **changes) -> MixtureSource:
+    return MixtureSource(SftConfig(mixture=mixture, **changes), "nowhere")
 
 
-def mixed(*sizes_and_parts: tuple[int, MixturePart], **changes) -> Mixture:
-    tasks = [(Numbers(part.task, size), None) for size, part in sizes_and_parts]
+def mixed(*sizes_and_parts: tuple[int, str], **changes) -> Mixture:
+    tasks = [(Numbers(parse_part(part).task, size), None) for size, part in sizes_and_parts]
     return Mixture(source(*[part for _, part in sizes_and_parts], **changes), tasks)
 
 
@@ -79,8 +77,8 @@ def test_the_character_of_ones_own_reaches_the_identity_task_alone():
 
 
 def test_epochs_and_shares_give_the_counts_they_say():
-    mixture = mixed((101, MixturePart(task="a", epochs=3)), (41, MixturePart(task="b", epochs=0.5)),
-                    (21, MixturePart(task="c", share=0.5)))  # fmt: skip
+    mixture = mixed((101, "a*3"), (41, "b*0.5"),
+                    (21, "c~0.5"))  # fmt: skip
     # 96, 39 and 20 are left after a twentieth of each is held out; c is as many as a and b together.
     assert mixture.counts() == {"a": 288, "b": 20, "c": 308}
     seen = Counter(questions(mixture))
@@ -90,18 +88,18 @@ def test_epochs_and_shares_give_the_counts_they_say():
 
 
 def test_what_is_held_out_is_never_trained_on_however_often_it_is_repeated():
-    mixture = mixed((200, MixturePart(task="a", epochs=5)), (60, MixturePart(task="b")))
+    mixture = mixed((200, "a*5"), (60, "b"))
     held_out = questions(mixture.validation())
     assert len(held_out) == len(set(held_out)) == 10 + 3
     assert not set(held_out) & set(questions(mixture))
     assert set(held_out) | set(questions(mixture)) == {f"a {n}" for n in range(200)} | {f"b {n}" for n in range(60)}
-    few = mixed((200, MixturePart(task="a")), validation_conversations=4)
+    few = mixed((200, "a"), validation_conversations=4)
     assert len(few.validation()) == 4
 
 
 @given(st.integers(0, 5), st.lists(st.tuples(st.integers(2, 60), st.sampled_from([0.5, 1, 2])), min_size=1, max_size=3))
 def test_the_order_is_a_shuffle_that_follows_from_the_seed(seed, sizes):
-    parts = [(size, MixturePart(task=f"t{number}", epochs=epochs)) for number, (size, epochs) in enumerate(sizes)]
+    parts = [(size, f"t{number}*{epochs}") for number, (size, epochs) in enumerate(sizes)]
     first, again, other = (mixed(*parts, seed=s) for s in (seed, seed, seed + 1))
     assert questions(first) == questions(again)
     assert sorted(Counter(first.counts())) == sorted(Counter(other.counts()))
@@ -111,7 +109,7 @@ def test_the_order_is_a_shuffle_that_follows_from_the_seed(seed, sizes):
 
 @pytest.mark.parametrize("joined", [0.0, 0.25, 1.0])
 def test_a_share_goes_on_with_another_conversation_of_the_mixture(joined):
-    tasks = ((1000, MixturePart(task="a")), (1000, MixturePart(task="b")))
+    tasks = ((1000, "a"), (1000, "b"))
     mixture, again = mixed(*tasks, joined=joined), mixed(*tasks, joined=joined)
     whole = [mixture.joined(index) for index in range(len(mixture))]
     turns = [len(conversation.messages) // 2 for conversation in whole]
@@ -127,7 +125,7 @@ def test_a_share_goes_on_with_another_conversation_of_the_mixture(joined):
 
 def test_a_pair_that_does_not_fit_a_row_leaves_the_first_alone(tmp_path):
     lines = [turn(f"q{number}", "y" * (10 + number % 50)) for number in range(100)]
-    mixture_source = replace(write(tmp_path / "c.jsonl", lines), joined=1.0)
+    mixture_source = write(tmp_path / "c.jsonl", lines, joined=1.0)
     shards = write_mixture_shards(mixture_source, RunContext(), TOKENIZER, 80, str(tmp_path / "shards"))
     assert sum(shard.documents for shard in shards.split("train")) == 95
     assert sum(shard.skipped["longer_than_a_row"] for shard in shards.shards) == 0
@@ -143,13 +141,13 @@ class Repeating(Numbers):
 
 
 def test_a_question_that_is_held_out_is_asked_nowhere_else():
-    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=3), [(Repeating("a", 200), None)])
+    mixture = Mixture(source("a", validation_conversations=3), [(Repeating("a", 200), None)])
     held_out = set(questions(mixture.validation()))
     assert 1 <= len(held_out) <= 3
     assert not held_out & set(questions(mixture))
     assert len(set(questions(mixture))) == 10 - len(held_out)
     with pytest.raises(ConfigError, match="asks nothing but what is held out"):
-        Mixture(source(MixturePart(task="a")), [(SameQuestion("a", 40), None)])
+        Mixture(source("a"), [(SameQuestion("a", 40), None)])
 
 
 class SameQuestion(Numbers):
@@ -173,7 +171,7 @@ class Chats(Numbers):
 
 
 def test_of_chats_just_copies_of_what_is_held_out_stay_out():
-    mixture = Mixture(source(MixturePart(task="c"), validation_conversations=20), [(Chats("c", 400), None)])
+    mixture = Mixture(source("c", validation_conversations=20), [(Chats("c", 400), None)])
     assert len(mixture) > 350, "how a chat begins or ends does not keep it out"
     assert mixture.left_out == 400 - 20 - len(mixture)
     said = [[message.text for message in one.messages] for one in mixture]
@@ -190,7 +188,7 @@ def test_paths_are_made_absolute(tmp_path, monkeypatch):
 
 
 def test_tasks_are_spread_through_the_whole():
-    mixture = mixed((500, MixturePart(task="a")), (500, MixturePart(task="b")))
+    mixture = mixed((500, "a"), (500, "b"))
     half = [question[0] for question in questions(mixture)[: len(mixture) // 2]]
     assert 180 < half.count("a") < 300
 
@@ -198,16 +196,16 @@ def test_tasks_are_spread_through_the_whole():
 @pytest.mark.parametrize("split", ["val", "test", "test_templates", "two_step", "two_step_test", "validation"])
 def test_only_training_splits_are_mixed(split):
     with pytest.raises(ConfigError, match=f"its {split} split is for scores. Train on a train split"):
-        Mixture(source(MixturePart(task="a")), [(Numbers("a", 30, split), None)])
+        Mixture(source("a"), [(Numbers("a", 30, split), None)])
     if split != "val":
         with pytest.raises(ConfigError, match=f"its {split} split is for scores"):
-            Mixture(source(MixturePart(task="a")), [(Numbers("a", 30), Numbers("a", 30, split))])
+            Mixture(source("a"), [(Numbers("a", 30), Numbers("a", 30, split))])
 
 
 def test_a_val_split_is_what_is_held_out_and_train_stays_whole():
     """But for the questions that both ask."""
     train, val = Numbers("a", 40), Numbers("a", 60, "val")
-    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=7), [(train, val)])
+    mixture = Mixture(source("a", validation_conversations=7), [(train, val)])
     held_out = questions(mixture.validation())
     assert mixture.held_out[0].split == "val"
     assert len(held_out) == 7
@@ -223,7 +221,7 @@ class TwoTurns(Numbers):
 
 
 def test_what_is_held_out_is_asked_in_no_turn():
-    mixture = Mixture(source(MixturePart(task="a"), validation_conversations=3), [(TwoTurns("a", 200), None)])
+    mixture = Mixture(source("a", validation_conversations=3), [(TwoTurns("a", 200), None)])
 
     def asked(conversations):
         return {message.text for one in conversations for message in one.messages if message.role == "user"}
@@ -247,7 +245,7 @@ def test_every_task_of_the_registry_is_asked_for_its_training_split(monkeypatch)
     for name in list(LOADERS):
         monkeypatch.setitem(LOADERS, name, loader(name))
     config = SftConfig(mixture=tuple(f"{name}=/somewhere" for name in LOADERS))
-    mixture = load_mixture.__wrapped__(MixtureSource.of(config, "x"))
+    mixture = load_mixture.__wrapped__(MixtureSource(config, "x"))
     assert asked == [(name, split) for name in LOADERS for split in ("train", "val")]
     assert {task.split for task in mixture.tasks} == {"train"}
     assert {task.split for task in mixture.held_out} == {"val"}
@@ -255,7 +253,7 @@ def test_every_task_of_the_registry_is_asked_for_its_training_split(monkeypatch)
 
 @pytest.mark.parametrize("name", ["arithmetic", "identity", "spelling"])
 def test_test_questions_of_the_embedded_tasks_are_not_in_the_mixture(name):
-    trained = set(questions(load_mixture(MixtureSource.of(SftConfig(mixture=(name,)), "x"))))
+    trained = set(questions(load_mixture(MixtureSource(SftConfig(mixture=(name,)), "x"))))
     tested = set(questions(load_task(name, "test", TaskFiles(folder="x"))))
     assert len(tested) > 40
     assert not trained & tested
@@ -273,9 +271,9 @@ def test_test_questions_of_real_data_are_in_no_other_split(name, folder, test_da
 
 def test_shares_without_a_size_and_unknown_tasks_are_refused():
     with pytest.raises(ConfigError, match="Leave room below 1"):
-        MixtureSource.of(SftConfig(mixture=("smoltalk~0.6", "gsm8k~0.5")), "x")
+        _ = MixtureSource(SftConfig(mixture=("smoltalk~0.6", "gsm8k~0.5")), "x").parts
     with pytest.raises(ConfigError, match=r"task=gsm8: must be one of .* Did you mean gsm8k\?"):
-        load_mixture(MixtureSource.of(SftConfig(mixture=("gsm8",)), "x"))
+        load_mixture(MixtureSource(SftConfig(mixture=("gsm8",)), "x"))
 
 
 def test_files_of_ones_own_are_known(tmp_path):
@@ -284,7 +282,7 @@ def test_files_of_ones_own_are_known(tmp_path):
         (tmp_path / name).write_text("x")
     mixture = ("arithmetic", "identity", f"messages={tmp_path}/c.jsonl*2", f"gsm8k={tmp_path}/folder", "spelling=gone")
     config = SftConfig(mixture=mixture, identity=f"{tmp_path}/me.toml")
-    found = MixtureSource.of(config, "x").files()
+    found = MixtureSource(config, "x").files()
     assert found == [
         f"{tmp_path}/{name}" for name in ("me.toml", "c.jsonl", "folder/below/x.csv", "folder/train.jsonl")
     ]
@@ -293,9 +291,9 @@ def test_files_of_ones_own_are_known(tmp_path):
 # --- rows
 
 
-def write(path, conversations) -> MixtureSource:
+def write(path, conversations, **changes) -> MixtureSource:
     path.write_text("".join(json.dumps(conversation) + "\n" for conversation in conversations))
-    return source(MixturePart(task="messages", path=str(path)))
+    return source(f"messages={path}", **changes)
 
 
 def turn(question: str, answer: str) -> dict:
@@ -350,7 +348,7 @@ def test_malformed_conversations_end_the_work_or_are_counted(tmp_path):
     mixture_source = write(tmp_path / "bad.jsonl", lines)
     with pytest.raises(DataError, match=r"bad\.jsonl:41: messages=\[\]"):
         load_mixture(mixture_source)
-    dropping = source(mixture_source.parts[0], malformed="drop")
+    dropping = source(*mixture_source.config.mixture, malformed="drop")
     mixture = load_mixture(dropping)
     assert len(mixture) + len(mixture.validation()) == 40
     assert sum(mixture.dropped().values()) == 1

@@ -79,11 +79,11 @@ class SftRun:
         return SftConfig(**(fields | changes))
 
     def shards(self, config: SftConfig) -> TokenShards:
-        source = MixtureSource.of(config, str(self.root / "tasks"))
+        source = MixtureSource(config, str(self.root / "tasks"))
         return write_mixture_shards(source, RunContext(), TOKENIZER, SEQUENCE_LEN, str(self.root / "shards"))
 
     def __call__(self, config: SftConfig, rank: int = 0, world_size: int = 1) -> Checkpoint | None:
-        source = MixtureSource.of(config, str(self.root / "tasks"))
+        source = MixtureSource(config, str(self.root / "tasks"))
         shards = self.shards(config) if world_size == 1 else TokenShards.load(str(self.root / "shards"))
         folder = StageFolder(str(self.root / "sft"))
         rows = resolve_sft(config, self.base, shards.rows("train")).plan.rows_per_step
