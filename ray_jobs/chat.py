@@ -97,7 +97,7 @@ def load_session(config: ChatConfig) -> tuple[Any, str]:
     checkpoint = Checkpoint(str(named_model(config.run_dir, config.model, print).checkpoint))
     tokenizer = Tokenizer.load(tokenizer_of(config.run_dir, checkpoint.folder))
     gpt = load_model(checkpoint, tokenizer, RunContext())
-    engine = Engine(gpt, slots=1)
+    engine = Engine(gpt, max_running=1)
     session = ChatSession(
         ToolLoop(engine, tokenizer), tokenizer, engine.capacity, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k or None, seed=config.seed,

@@ -62,8 +62,8 @@ def answer(
     }  # fmt: skip
     if not requests:
         return [Reply("", "") for _ in conversations]
-    capacity = max(len(request.prompt) + request.max_new_tokens for request in requests.values())
-    engine = Engine(model, slots=min(SLOTS, len(requests)), capacity=capacity)
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests.values())
+    engine = Engine(model, max_running=min(SLOTS, len(requests)), longest=longest)
     completions = dict(zip(requests, complete(ToolLoop(engine, tokenizer), requests.values()), strict=True))
     return [read_reply(tokenizer, completions.get(number)) for number in range(len(prompts))]
 

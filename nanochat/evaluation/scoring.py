@@ -1,15 +1,16 @@
 """Options to their nats per token: what every likelihood evaluation asks of a model.
 
 A group is the options of one example, such as a question with each of its choices. The tokens that its options share
-from the start are computed once: the shared prefixes of many groups are prefilled as one batch, the cache's rows are
-copied to each option, and only the options' own ends follow. The head runs at scored positions alone. An option of
-one token after the shared ones, such as an answer's letter, is read off the prefix and costs nothing more.
+from the start are computed once: the shared prefixes of many groups are prefilled as one batch, each option goes on
+behind the pages of its group's, and only the options' own ends follow. The head runs at scored positions alone. An
+option of one token after the shared ones, such as an answer's letter, is read off the prefix and costs nothing more.
 
 Shapes: B rows, T positions, C width, N scored tokens.
 Source of the comparison by mean nats: llm-foundry, as DCLM (arXiv:2406.11794) uses it.
 Not covered: prefixes shared between groups.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import CheckpointError, DataError
-from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pages_for
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import CHUNK_TOKENS
 
 Item = TypeVar("Item")
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768, "mps": 8192}
-"""Tokens of a batch by kind of device, padding and copies of shared prefixes in the cache included. On CPU larger ones
+"""Tokens of a batch by kind of device, an option's shared prefix included each time. On CPU larger ones
 leave its caches: a depth-4 model, ARC-easy in float32: 3.9 s of CPU time at 2,048, 5.3 at 8,192 and 4.3 one example at
 a time (one core, AMD EPYC, 2026-11-25)."""
 
@@ -183,25 +184,33 @@ class GPTScorer:
 
     def _score_batch(self, batch: list[_Shared]) -> Iterator[Score]:
         """Yield the scores of the batch's options in order."""
-        prefix_BT = self._padded([shared.tokens for shared in batch])
-        cache = KVCache(self.model.config, len(batch), prefix_BT.shape[1], self.model.compute_dtype, self._device)
-        hidden_BTC = self.model(prefix_BT, cache)
-        cache.advance([shared.prefix for shared in batch])
         options = [(row, shared.prefix, option) for row, shared in enumerate(batch) for option in shared.options]
-        predicting = [[hidden_BTC[row, option.start - 1 : prefix]] for row, prefix, option in options]
         ends = [
             _End(row, number, option.tokens[prefix:-1])
             for number, (row, prefix, option) in enumerate(options)
             if len(option.tokens) - 1 > prefix
         ]
-        for run in cut_by_length(ends, lambda end: cache.capacity + len(end.tokens), self._batch_tokens):
-            tokens_BT = self._padded([end.tokens for end in run])
-            hidden_BTC = self.model(
-                tokens_BT, cache.take([end.row for end in run], cache.capacity + tokens_BT.shape[1])
-            )
-            for row, end in enumerate(run):
+        runs = list(cut_by_length(ends, lambda end: batch[end.row].prefix + len(end.tokens), self._batch_tokens))
+        tables = _numbered(1, [pages_for(shared.prefix) for shared in batch])
+        own = [[self._own_pages(batch, end) for end in run] for run in runs]
+        first_own = 1 + sum(map(len, tables))
+        pages = first_own + max(map(sum, own), default=0)
+        cache = PagedKVCache(self.model.config, pages, self.model.compute_dtype, self._device)
+        hidden = self._forward(cache, [Chunk(one.tokens, 0, -1, table) for one, table in zip(batch, tables)])
+        predicting = [[hidden[row][option.start - 1 : prefix]] for row, prefix, option in options]
+        for run, counts in zip(runs, own, strict=True):
+            chunks, halves = [], []
+            for end, added in zip(run, _numbered(first_own, counts), strict=True):
+                prefix, whole = batch[end.row].prefix, batch[end.row].prefix // PAGE_TOKENS
+                if prefix % PAGE_TOKENS:
+                    halves.append((tables[end.row][whole], added[0]))
+                table = [*tables[end.row][:whole], *added]
+                chunks.append(Chunk(end.tokens, prefix, batch[end.row].tokens[-1], table))
+            if halves:
+                cache.copy_pages(*zip(*halves))
+            for end, hidden_TC in zip(run, self._forward(cache, chunks), strict=True):
                 _, prefix, option = options[end.number]
-                predicting[end.number].append(hidden_BTC[row, max(option.start - 1 - prefix, 0) : len(end.tokens)])
+                predicting[end.number].append(hidden_TC[max(option.start - 1 - prefix, 0) :])
         hidden_NC = torch.cat([part for parts in predicting for part in parts])
         targets = [token for _, _, option in options for token in option.tokens[option.start :]]
         nats, greedy = self._predict(hidden_NC, torch.tensor(targets, device=self._device))
@@ -217,7 +226,18 @@ class GPTScorer:
         nats, greedy = zip(*(judged(self.model.logits(chunk_NC), chunk_N) for chunk_NC, chunk_N in chunks))
         return torch.cat(nats).tolist(), torch.cat(greedy).tolist()
 
-    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        width = max(map(len, sequences))
-        rows = [[*tokens, *[0] * (width - len(tokens))] for tokens in sequences]
-        return torch.tensor(rows, device=self._device)
+    def _forward(self, cache: PagedKVCache, chunks: Sequence[Chunk]) -> Sequence[Tensor]:
+        """Return the hidden states of each chunk, (T, C)."""
+        batch = cache.batch(chunks)
+        return self.model(batch.tokens_BT, cache=batch)[0].split([len(chunk.tokens) for chunk in chunks])
+
+    def _own_pages(self, batch: list[_Shared], end: _End) -> int:
+        """Return how many pages an option needs beside the full ones of its group."""
+        prefix = batch[end.row].prefix
+        return pages_for(prefix + len(end.tokens)) - prefix // PAGE_TOKENS
+
+
+def _numbered(first: int, counts: Sequence[int]) -> list[list[int]]:
+    """Return lists of so many numbers, one after the other, from `first` on."""
+    numbers = itertools.count(first)
+    return [list(itertools.islice(numbers, count)) for count in counts]

@@ -1,27 +1,32 @@
-"""Prompts to tokens, many requests of different lengths at once: continuous batching over the rows of one KV cache.
+"""Prompts to tokens, many requests of different lengths and ages in one batch: continuous batching on a paged cache.
 
-Each request holds a slot, a row of the cache, from its prefill to its end; when slots are free, waiting requests are
-prefilled together in a batch of their own and copied into them, so a long answer keeps no one waiting. What a request
-samples is a function of its own seed and position, never of its company.
+A step computes one token of every sequence that decodes, and chunks of prompts, up to `step_tokens` in all: a long
+prompt never stalls the others. Chunks end at multiples of CHUNK_TOKENS of their sequence, whatever the load. Full
+pages stay findable after their sequence's end: who begins alike starts behind them. When pages run out, the newest
+sequence gives its own back and is computed again later. What a request samples is a function of its own seed and
+position, never of its company.
 
-Shapes: B rows, V vocabulary. Not covered: paging, sharing of prefixes, prefill in chunks.
-Source of the idea: continuous batching, Orca (OSDI 2022), section 3.
+Shapes: N tokens of a step, B sequences, V vocabulary, C width.
+Sources of the ideas: continuous batching, Orca (OSDI 2022), section 3; chunked prefill, Sarathi-Serve (arXiv
+2403.02310); pages and prefixes: paged_cache.py, page_pool.py.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 
 from nanochat.errors import ConfigError
-from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.page_pool import ROOT, PagePool
+from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pages_for
 from nanochat.inference.sampling import sample_tokens
 from nanochat.model.gpt import GPT
 
-PREFILL_SHARE = 4
+CHUNK_TOKENS = 128
+STEP_TOKENS = 512
 
 FinishReason = Literal["stop", "length"]
 
@@ -67,7 +72,7 @@ class TokenSource(Protocol):
         ...
 
     def step(self) -> list[Event]:
-        """Work for a moment and return what came of it; nothing if nothing waits or runs."""
+        """Work for a moment and return what came of it, perhaps nothing."""
         ...
 
     def abort(self, id: int) -> None:
@@ -75,34 +80,60 @@ class TokenSource(Protocol):
         ...
 
 
-@dataclass
-class _Running:
+@dataclass(eq=False)
+class _Sequence:
     id: int
     request: Request
-    slot: int
-    count: int = 0
-    """Tokens sampled so far."""
-    last: int = -1
+    tokens: list[int]
+    """Prompt and what was sampled."""
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    published: int = 0
+    """Of those, tokens of published pages."""
+    last_page: int = ROOT
+    """The pool's name of the last published page."""
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute before the next one is sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def chunk(self) -> int:
+        """How many of them may be computed in one step."""
+        return min(self.left, CHUNK_TOKENS - self.computed % CHUNK_TOKENS)
 
 
 class Engine:
     """Serves requests with a model; `add`, then `step` until every request has an event with a finish reason."""
 
-    def __init__(self, model: GPT, *, slots: int = 32, capacity: int | None = None) -> None:
-        """Allocate the cache: `slots` rows of `capacity` tokens, none = the length that the model was trained for."""
-        self.model = model
-        self.capacity = capacity or model.config.sequence_len
+    def __init__(
+        self, model: GPT, *, max_running: int = 32, longest: int | None = None, cache_tokens: int | None = None,
+        step_tokens: int = STEP_TOKENS,
+    ) -> None:  # fmt: skip
+        """Allocate the cache for requests of at most `longest` tokens, prompt and completion.
+
+        `longest` none = what the model was trained for; `cache_tokens`, of all sequences together, none = as many as
+        `max_running` of the longest have.
+        """
+        self.model, self.max_running, self.step_tokens = model, max_running, max(step_tokens, max_running, CHUNK_TOKENS)
         self.device = model.lm_head.weight.device
-        self.cache = KVCache(model.config, slots, self.capacity, model.compute_dtype, self.device)
-        self._free = list(range(slots))[::-1]
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._running: dict[int, _Running] = {}
+        longest = longest or model.config.sequence_len
+        pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
+        self.capacity = min(longest, pages * PAGE_TOKENS)
+        self.cache = PagedKVCache(model.config, pages + 1, model.compute_dtype, self.device)
+        self.pool = PagePool(pages + 1, PAGE_TOKENS)
+        self.preemptions = 0
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        """The oldest first."""
         self._next_id = 0
 
     def add(self, request: Request) -> int:
         """Queue a request and return its id.
 
-        Raises: ConfigError if prompt and completion do not fit a slot, or there is nothing to do.
+        Raises: ConfigError if prompt and completion are too long, or there is nothing to do.
         """
         needed = len(request.prompt) + request.max_new_tokens
         if not request.prompt or request.max_new_tokens < 1:
@@ -113,83 +144,140 @@ class Engine:
                 f"most {self.capacity} in all. Shorten one of them."
             )
         self._next_id += 1
-        self._waiting.append((self._next_id, request))
+        self._waiting.append(_Sequence(self._next_id, request, list(request.prompt)))
         return self._next_id
 
     def abort(self, id: int) -> None:
         """Forget a request, waiting or running; an unknown id is none."""
-        self._waiting = deque(item for item in self._waiting if item[0] != id)
-        if id in self._running:
-            self._release(self._running[id])
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.id != id)
+        for sequence in [sequence for sequence in self._running if sequence.id == id]:
+            self._end(sequence)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Prefill waiting requests into free slots, or else decode one token of every running one.
+        """Compute a step and return the tokens that it sampled, none where it computed prompts alone."""
+        scheduled = self._schedule()
+        if not scheduled:
+            return []
+        batch = self.cache.batch(
+            [
+                Chunk(
+                    sequence.tokens[sequence.computed : sequence.computed + count], sequence.computed,
+                    sequence.tokens[sequence.computed - 1] if sequence.computed else -1, sequence.pages,
+                )
+                for sequence, count in scheduled
+            ]
+        )  # fmt: skip
+        hidden_NC = self.model(batch.tokens_BT, cache=batch)[0]
+        ready: list[_Sequence] = []
+        rows: list[int] = []
+        end = 0
+        for sequence, count in scheduled:
+            sequence.computed += count
+            end += count
+            self._publish(sequence)
+            if sequence.left == 0:
+                ready.append(sequence)
+                rows.append(end - 1)
+        if not ready:
+            return []
+        return self._sample(ready, hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows])
 
-        A prefill starts when it takes in all that wait, or fills a quarter of the slots: many small ones cost more.
+    def _schedule(self) -> list[tuple[_Sequence, int]]:
+        """Choose what the step computes, and give it pages: first who decodes, then who has begun, then who waits."""
+        budget = self.step_tokens
+        begun = sorted(self._running, key=lambda sequence: sequence.left > 1)
+        scheduled: list[tuple[_Sequence, int]] = []
+        for sequence in begun:
+            if sequence.chunk <= budget and self._make_room(sequence):
+                scheduled.append((sequence, sequence.chunk))
+                budget -= sequence.chunk
+        scheduled = [(sequence, count) for sequence, count in scheduled if sequence in self._running]
+        promised = sum(pages_for(len(sequence.tokens) + 1) - len(sequence.pages) for sequence in self._running)
+        while self._waiting and len(self._running) < self.max_running:
+            sequence = self._waiting[0]
+            sequence.pages, sequence.last_page = self.pool.find(sequence.tokens[:-1])
+            sequence.computed = sequence.published = len(sequence.pages) * PAGE_TOKENS
+            # It begins only if all of its tokens have room, and one more, or it would soon be in the others' way.
+            lacking = pages_for(len(sequence.tokens) + 1) - len(sequence.pages)
+            if sequence.chunk > budget or promised + lacking > self.pool.free:
+                self.pool.release(sequence.pages)
+                break
+            promised += lacking - self._grow(sequence)
+            self._running.append(self._waiting.popleft())
+            scheduled.append((sequence, sequence.chunk))
+            budget -= sequence.chunk
+        return scheduled
+
+    def _make_room(self, sequence: _Sequence) -> bool:
+        """Give a sequence the pages of its next chunk; where too few are free, the newest give theirs back.
+
+        Tells whether the sequence still runs: it may be the newest itself.
         """
-        free, waiting = len(self._free), len(self._waiting)
-        if waiting and free and (waiting <= free or free * PREFILL_SHARE >= len(self.cache.lengths)):
-            return self._prefill([self._waiting.popleft() for _ in range(min(len(self._waiting), len(self._free)))])
-        return self._decode() if self._running else []
+        while sequence in self._running and self._lacking(sequence) > self.pool.free:
+            newest = self._running[-1]
+            self._end(newest)
+            self._waiting.appendleft(newest)
+            self.preemptions += 1
+        if sequence not in self._running:
+            return False
+        self._grow(sequence)
+        return True
 
-    def _prefill(self, admitted: list[tuple[int, Request]]) -> list[Event]:
-        lengths = [len(request.prompt) for _, request in admitted]
-        padded_BT = np.zeros((len(admitted), max(lengths)), dtype=np.int64)
-        for row, (_, request) in enumerate(admitted):
-            padded_BT[row, : lengths[row]] = request.prompt
-        cache = KVCache(self.model.config, len(admitted), max(lengths), self.model.compute_dtype, self.device)
-        hidden_BTC = self.model(torch.from_numpy(padded_BT).to(self.device), cache=cache)
-        cache.advance(lengths)
-        last_BC = hidden_BTC[torch.arange(len(admitted)), torch.tensor(lengths) - 1]
-        started = [_Running(id, request, self._free.pop()) for id, request in admitted]
-        self._running |= {running.id: running for running in started}  # first: an interrupt must not lose the slots
-        self.cache.put([running.slot for running in started], cache)
-        return self._sample(started, last_BC)
+    def _lacking(self, sequence: _Sequence) -> int:
+        return pages_for(sequence.computed + sequence.chunk) - len(sequence.pages)
 
-    def _decode(self) -> list[Event]:
-        running = list(self._running.values())
-        tokens_B1 = torch.zeros(len(self.cache.lengths), 1, dtype=torch.int64)
-        counts = [0] * len(self.cache.lengths)
-        for one in running:
-            tokens_B1[one.slot], counts[one.slot] = one.last, 1
-        hidden_BTC = self.model(tokens_B1.to(self.device), cache=self.cache)
-        self.cache.advance(counts)
-        return self._sample(running, hidden_BTC[[one.slot for one in running], 0])
+    def _grow(self, sequence: _Sequence) -> int:
+        """Give a sequence the pages of its next chunk, which are free; return how many."""
+        lacking = self._lacking(sequence)
+        sequence.pages += [self.pool.take() for _ in range(lacking)]
+        return lacking
 
-    def _sample(self, running: list[_Running], hidden_BC: torch.Tensor) -> list[Event]:
-        """Draw one token of each running request from its last hidden state, and end those that are done."""
-        requests = [one.request for one in running]
+    def _publish(self, sequence: _Sequence) -> None:
+        """Let others find the pages that have become full."""
+        while sequence.computed - sequence.published >= PAGE_TOKENS:
+            first = sequence.published
+            tokens = sequence.tokens[first : first + PAGE_TOKENS]
+            sequence.last_page = self.pool.publish(sequence.pages[first // PAGE_TOKENS], sequence.last_page, tokens)
+            sequence.published += PAGE_TOKENS
+
+    def _end(self, sequence: _Sequence) -> None:
+        """Take a sequence out of the running ones, and its pages back."""
+        self._running.remove(sequence)
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+
+    def _sample(self, sequences: list[_Sequence], hidden_BC: torch.Tensor) -> list[Event]:
+        """Draw one token of each sequence from its last hidden state, and end those that are done."""
+        requests = [sequence.request for sequence in sequences]
+        counts = [len(sequence.tokens) - len(sequence.request.prompt) for sequence in sequences]
         logits_BV = self.model.logits(hidden_BC)
-        for row, request in enumerate(requests):
-            logits_BV[row, list(request.banned)] = float("-inf")
+        banned = [(row, token) for row, request in enumerate(requests) for token in request.banned]
+        if banned:
+            row_N, token_N = torch.tensor(banned, device=self.device).T
+            logits_BV[row_N, token_N] = float("-inf")
         tokens = sample_tokens(
             logits_BV,
             temperatures=[request.temperature for request in requests],
             top_ks=[request.top_k for request in requests],
-            uniforms=[uniform(one.request.seed, one.request.first_position + one.count) for one in running],
+            uniforms=[uniform(one.seed, one.first_position + count) for one, count in zip(requests, counts)],
         ).tolist()
         events = []
-        for one, token in zip(running, tokens, strict=True):
-            one.count, one.last = one.count + 1, token
-            stopped = token in one.request.stop_tokens
-            reason: FinishReason | None = "stop" if stopped else None
-            if not stopped and one.count == one.request.max_new_tokens:
-                reason = "length"
-            events.append(Event(one.id, token, reason))
+        for sequence, token, count in zip(sequences, tokens, counts, strict=True):
+            sequence.tokens.append(token)
+            reason: FinishReason | None = "length" if count + 1 == sequence.request.max_new_tokens else None
+            if token in sequence.request.stop_tokens:
+                reason = "stop"
+            events.append(Event(sequence.id, token, reason))
             if reason is not None:
-                self._release(one)
+                self._end(sequence)
         return events
-
-    def _release(self, one: _Running) -> None:
-        del self._running[one.id]
-        self._free.append(one.slot)
-        self.cache.reset([one.slot])
 
 
 def uniform(seed: int, position: int) -> float:
-    """Return a number in [0, 1) that depends on its arguments alone."""
-    return float(np.random.PCG64(np.random.SeedSequence([seed, position])).random_raw() >> 11) * 2.0**-53
+    """Return a number in [0, 1) that depends on its arguments alone: a hash of both."""
+    digest = hashlib.blake2b(b"%d %d" % (seed, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Causal attention over rows or a KV cache: sliding windows, grouped KV heads, documents, one interface.
+"""Causal attention over rows: sliding windows, grouped KV heads, documents, one interface.
 
 Two kernels, chosen per call by device and dtype: `varlen_attn` (FlashAttention) on CUDA in half precision, and
 blocked matrix products everywhere else. On CPU a block of 128 queries multiplies only the keys it may see, so
@@ -38,20 +38,14 @@ def attention(
     v_BSGD: Tensor,
     *,
     window: int,
-    start_B: Tensor | None = None,
     documents: Documents | None = None,
 ) -> Tensor:
-    """Attend causally; query t of row b stands at key position start_B[b] + t and sees itself and `window` keys before.
+    """Attend causally within whole rows; a query sees itself and `window` keys before, not those of other `documents`.
 
-    Without `start_B` the queries are the whole row (T == S). With it the keys are a cache of S slots, of which
-    those after a query's position weigh nothing, but must be finite. `documents` hides others' keys in whole rows.
     Returns y_BTHD in q's dtype; scores and softmax are float32.
     """
     assert q_BTHD.shape[2] % k_BSGD.shape[2] == 0, "query heads are a multiple of KV heads"
-    if start_B is not None:
-        assert documents is None, "documents are masked in whole rows only"
-        return _cached(q_BTHD, k_BSGD, v_BSGD, window, start_B)
-    assert q_BTHD.shape[1] == k_BSGD.shape[1], "without start_B the queries are the whole row"
+    assert q_BTHD.shape[1] == k_BSGD.shape[1], "the queries are the whole row"
     if uses_flash(q_BTHD):
         return _flash(q_BTHD, k_BSGD, v_BSGD, window, documents)
     return _blocked(q_BTHD, k_BSGD, v_BSGD, window, documents)
@@ -119,16 +113,6 @@ def _blocked(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int, docume
             seen = (seen & same)[:, None, None]
         blocks.append(_softmax_product(q_BGRTD[:, :, :, lo:hi], k_BGTD[:, :, first:hi], v_BGTD[:, :, first:hi], seen))
     return _by_position(torch.cat(blocks, dim=3))
-
-
-def _cached(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int, start_B: Tensor) -> Tensor:
-    """Attend to a cache whose rows are filled to different lengths."""
-    T, S = q_BTHD.shape[1], k_BSGD.shape[1]
-    q_BGRTD, k_BGSD, v_BGSD = _by_kv_head(q_BTHD, k_BSGD, v_BSGD)
-    query_BT = start_B[:, None] + torch.arange(T, device=start_B.device)
-    distance = query_BT[:, :, None] - torch.arange(S, device=start_B.device)
-    seen = (distance >= 0) & (distance <= window)
-    return _by_position(_softmax_product(q_BGRTD, k_BGSD, v_BGSD, seen[:, None, None]))
 
 
 def _by_kv_head(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

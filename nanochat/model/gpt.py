@@ -28,22 +28,15 @@ COMPILED_VARIANTS = 64  # one batch shape needs 4 (2 windows, value embedding or
 
 
 class Cache(Protocol):
-    """What the model asks of a KV cache (`nanochat.inference.kv_cache`)."""
+    """What the model asks of a KV cache (`nanochat.inference.paged_cache`): where the call's tokens stand."""
 
-    start_B: Tensor
-    """Tokens already cached in each row."""
+    position_BT: Tensor
+    """The place of each token in its sequence."""
+    previous_BT: Tensor
+    """The id of the token before each, -1 at the start of a sequence."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Tell, without asking the device, whether no row holds a token."""
-        ...
-
-    def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values after the cached ones and return the layer's whole k_BSGD, v_BSGD."""
-        ...
-
-    def swap_previous_embedding(self, embedding_BTC: Tensor) -> Tensor:
-        """Take this call's embeddings and return those of the token before, as (B, C); zeros at the start of a row."""
+    def attend(self, layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
+        """Store the new keys and values and return what the queries see of their sequences, y_BTHD."""
         ...
 
 
@@ -100,12 +93,10 @@ class Attention(nn.Module):
             v_BTGD = v_BTGD + gate_BTG[..., None] * value_embedding_BTC.view_as(v_BTGD)
         q_BTHD = self._normalise(rotate(q_BTHD, *rotation))
         k_BTGD = self._normalise(rotate(k_BTGD, *rotation))
-        start_B = None
-        if cache is not None:
-            cached_k_BSGD, cached_v_BSGD = cache.append(layer, k_BTGD, v_BTGD)
-            if not cache.is_empty:  # else the call's tokens are whole rows; padding on the right is after all queries
-                k_BTGD, v_BTGD, start_B = cached_k_BSGD, cached_v_BSGD, cache.start_B
-        y_BTHD = attention(q_BTHD, k_BTGD, v_BTGD, window=window, start_B=start_B, documents=documents)
+        if cache is None:
+            y_BTHD = attention(q_BTHD, k_BTGD, v_BTGD, window=window, documents=documents)
+        else:
+            y_BTHD = cache.attend(layer, q_BTHD, k_BTGD, v_BTGD, window)
         return self.c_proj(y_BTHD.reshape(B, T, config.n_embd))
 
     def _normalise(self, x_BTHD: Tensor) -> Tensor:
@@ -246,7 +237,7 @@ class GPT(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None, document_BT: Tensor | None = None) -> Tensor:
         """Return the final normalised hidden states hidden_BTC in the compute dtype.
 
-        With a cache the tokens follow the cached ones of their rows. `document_BT` hides other documents of a row.
+        With a cache the tokens are those of its batch. `document_BT` hides other documents of a row.
         """
         config = self.config
         assert cache is None or document_BT is None, "a cache holds one document a row"
@@ -305,16 +296,18 @@ class GPT(nn.Module):
         """Return cos_BTD and sin_BTD (D = half a head) of each token's position, made in float32."""
         half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=tokens_BT.device)
         frequency_D = self.config.rope_theta ** (-half / self.config.head_dim)
-        position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        if cache is not None:
-            position_BT = position_BT + cache.start_B[:, None]
+        here_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        position_BT = here_BT if cache is None else cache.position_BT
         angle_BTD = position_BT[..., None] * frequency_D
         return angle_BTD.cos().to(self.compute_dtype), angle_BTD.sin().to(self.compute_dtype)
 
     def _smear(self, x_BTC: Tensor, cache: Cache | None, document_BT: Tensor | None) -> Tensor:
         """Add a gated share of the previous token's embedding; a row's first token has none."""
-        first_BC = torch.zeros_like(x_BTC[:, 0]) if cache is None else cache.swap_previous_embedding(x_BTC)
-        previous_BTC = torch.cat([first_BC[:, None], x_BTC[:, :-1]], dim=1)
+        if cache is None:
+            previous_BTC = F.pad(x_BTC[:, :-1], (0, 0, 1, 0))
+        else:
+            previous_BTC = norm(self.embedding(cache.previous_BT.clamp(min=0)).to(x_BTC.dtype), self.config.norm_eps)
+            previous_BTC = previous_BTC * (cache.previous_BT >= 0)[..., None]
         gate_BT1 = self.smear_lambda.to(x_BTC.dtype) * torch.sigmoid(self.smear_gate(x_BTC[..., :SMEAR_GATE_CHANNELS]))
         if document_BT is not None:
             gate_BT1 = gate_BT1 * (document_BT == F.pad(document_BT[:, :-1], (1, 0), value=-1))[..., None]

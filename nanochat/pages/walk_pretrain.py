@@ -217,7 +217,7 @@ def attention_weights(model: GPT, tokens_1T: Tensor, layer: int) -> Tensor:
             copies = -(-T // D)
             x_BTC = x_1TC.expand(copies, -1, -1)
             embedding_BTC = None if value_embedding_1TC is None else value_embedding_1TC.expand(copies, -1, -1)
-            block_attention(x_BTC, embedding_BTC, rotation, window, layer, _OneHotValues(copies), None)
+            block_attention(x_BTC, embedding_BTC, rotation, window, layer, _OneHotValues(), None)
     finally:
         for hook in hooks:
             hook.remove()
@@ -228,18 +228,12 @@ def attention_weights(model: GPT, tokens_1T: Tensor, layer: int) -> Tensor:
 class _OneHotValues:
     """A cache that puts in the place of row b's values ones at channel d of token b * D + d."""
 
-    is_empty = False
+    position_BT = previous_BT = torch.empty(0)  # only a layer runs with it
 
-    def __init__(self, rows: int) -> None:
-        self.start_B = torch.zeros(rows, dtype=torch.int64)
-
-    def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
         B, T, _, D = v_BTGD.shape
         one_hot_BTD = torch.eye(T, B * D).view(T, B, D).transpose(0, 1)
-        return k_BTGD, one_hot_BTD[:, :, None].expand_as(v_BTGD)
-
-    def swap_previous_embedding(self, embedding_BTC: Tensor) -> Tensor:
-        raise AssertionError("only a layer runs with it, and smear stands before the layers")
+        return attention(q_BTHD, k_BTGD, one_hot_BTD[:, :, None].expand_as(v_BTGD), window=window)
 
 
 def longest_split_word(tokenizer: Tokenizer, text: str) -> str:

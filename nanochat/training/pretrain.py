@@ -52,7 +52,9 @@ class Pretraining(TrainingLoop[PretrainConfig]):
                 )
                 for number, prompt in enumerate(prompts)
             ]  # fmt: skip
-            engine = Engine(inference_copy(self.model), slots=len(prompts), capacity=max(map(len, prompts)) + tokens)
+            engine = Engine(
+                inference_copy(self.model), max_running=len(prompts), longest=max(map(len, prompts)) + tokens
+            )
             completions = complete(engine, requests)
             texts = [self.tokenizer.decode([t for t in one.tokens if t != end]) for one in completions]
             self.metrics.write_samples(step, dict(zip(SAMPLE_PROMPTS, texts, strict=True)))

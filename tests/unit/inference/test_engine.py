@@ -1,5 +1,6 @@
 """The engine gives every request what it would get alone; the tool loop puts the tool's words in."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.engine import Engine, Event, Request, complete, uniform
+from nanochat.inference.paged_cache import PAGE_TOKENS
 from nanochat.inference.tool_loop import MAX_CALLS, NO_RESULT, ToolLoop
 from nanochat.model.gpt import GPT
 
@@ -52,7 +54,7 @@ def test_each_request_is_completed_as_it_would_be_by_itself(slots):
     for seed in (1, 2):
         model = random_model(seed)
         expected = [slowly(model, prompt, 24) for prompt in PROMPTS]
-        completions = complete(Engine(model, slots=slots), [request(prompt) for prompt in PROMPTS])
+        completions = complete(Engine(model, max_running=slots), [request(prompt) for prompt in PROMPTS])
         assert [one.tokens for one in completions] == expected
         for one in completions:
             assert one.finish_reason == ("stop" if one.tokens[-1] == STOP else "length")
@@ -75,9 +77,9 @@ def test_a_seeded_request_gives_the_same_tokens_in_any_company(drawn, slots):
         request(prompt, temperature=temperature, top_k=top_k, seed=seed, max_new_tokens=count)
         for prompt, temperature, top_k, seed, count in drawn
     ]
-    together = complete(Engine(model, slots=slots), requests)
+    together = complete(Engine(model, max_running=slots), requests)
     for one, wanted in zip(together, requests, strict=True):
-        assert complete(Engine(model, slots=1), [wanted])[0] == one
+        assert complete(Engine(model, max_running=1), [wanted])[0] == one
 
 
 def test_seeds_differ_and_positions_too():
@@ -110,28 +112,149 @@ def test_banned_tokens_are_never_sampled_and_others_requests_may(temperature):
     assert not set(both[0].tokens) & set(said[:2])
 
 
-def test_waiting_requests_are_prefilled_together_when_enough_slots_are_free():
-    """One free slot of eight does not stop the others for a prefill of its own while more wait."""
-    engine = Engine(random_model(), slots=8)
-    for number in range(20):
-        engine.add(request([5, 6], max_new_tokens=4 + number % 8, stop_tokens=frozenset()))
-    sizes, prefill = [], engine._prefill
+def spied_tokens(model, monkeypatch) -> list[int]:
+    """Note how many tokens each forward computes."""
+    counts, forward = [], type(model).forward
 
-    def counted(admitted):
-        sizes.append(len(admitted))
-        return prefill(admitted)
+    def counted(self, tokens_BT, *arguments, **options):
+        counts.append(tokens_BT.numel())
+        return forward(self, tokens_BT, *arguments, **options)
 
-    engine._prefill = counted
-    while engine.step():
-        pass
-    assert sum(sizes) == 20
-    assert sizes[0] == 8
-    assert min(sizes[:-1]) >= 2
+    monkeypatch.setattr(type(model), "forward", counted)
+    return counts
+
+
+def long_model() -> GPT:
+    """Longer than a chunk, with short windows of 40 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.config.model.SHORT_WINDOW_MULTIPLE", 40)
+        config = ModelConfig(
+            sequence_len=400,
+            vocab_size=40,
+            n_layer=2,
+            n_head=2,
+            n_kv_head=1,
+            n_embd=32,
+            window_pattern="SL",
+            smear=True,
+        )
+        assert set(config.windows) != {400}
+        model = GPT(config)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=draw).mul_(0.4)
+    return model
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(1, 40, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 64, 65, 127, 128, 129, 300])
+def test_a_known_beginning_is_not_computed_again_and_changes_nothing(length, monkeypatch):
+    model, stem = long_model(), prompt_of(length)
+    engine = Engine(model)
+    complete(engine, [request(stem, max_new_tokens=2)])
+    counts = spied_tokens(model, monkeypatch)
+    again = request([*stem, 7, 8], max_new_tokens=5, stop_tokens=frozenset())
+    (hit,) = complete(engine, [again])
+    assert counts[0] + sum(counts[1:-4]) == length + 2 - length // PAGE_TOKENS * PAGE_TOKENS
+    assert hit == complete(Engine(model), [again])[0]
+
+
+def test_a_prompt_that_is_known_whole_is_computed_from_its_last_page_on(monkeypatch):
+    model, prompt = long_model(), prompt_of(64)
+    engine = Engine(model)
+    first = complete(engine, [request(prompt)])
+    counts = spied_tokens(model, monkeypatch)
+    assert complete(engine, [request(prompt)]) == first
+    assert counts[0] == 32, "the last token must be computed"
+
+
+def test_when_pages_run_out_the_newest_is_computed_again_later_and_nothing_changes():
+    model = long_model()
+    requests = [request(prompt_of(20 + 9 * n, n), max_new_tokens=60, stop_tokens=frozenset()) for n in range(6)]
+    expected = [complete(Engine(model), [one])[0] for one in requests]
+    engine = Engine(model, cache_tokens=8 * PAGE_TOKENS)
+    assert complete(engine, requests) == expected
+    assert engine.preemptions > 0
+    assert engine.pool.free == 8
+
+
+def test_a_long_prompt_stalls_no_one():
+    """While its chunks are computed, the others get a token at each step."""
+    model = long_model()
+    engine = Engine(model, step_tokens=140)
+    talking = engine.add(request([5], max_new_tokens=50, stop_tokens=frozenset()))
+    engine.step()
+    long = engine.add(request(prompt_of(390), max_new_tokens=5, stop_tokens=frozenset()))
+    steps = [[event.id for event in engine.step()] for _ in range(5)]
+    assert all(talking in ids for ids in steps)
+    assert [long in ids for ids in steps] == [False, False, False, True, True]
+
+
+def test_chunks_end_at_the_same_places_whatever_the_load(monkeypatch):
+    model = long_model()
+    ends = []
+    for company in (0, 20):
+        engine, seen = Engine(model), []
+        make = engine.cache.batch
+
+        def noted(chunks, seen=seen, make=make):
+            seen += [(one.start, len(one.tokens)) for one in chunks if one.tokens[0] == 39 or one.start in (128, 256)]
+            return make(chunks)
+
+        monkeypatch.setattr(engine.cache, "batch", noted)
+        for number in range(company):
+            engine.add(request(prompt_of(9 + number, number), max_new_tokens=30, stop_tokens=frozenset()))
+        long = engine.add(request([39, *prompt_of(349, 99)], max_new_tokens=1))
+        while long not in [event.id for event in engine.step()]:
+            pass
+        ends.append([one for one in seen if one[1] > 1 and one in ((0, 128), (128, 128), (256, 94))])
+    assert ends[0] == ends[1] == [(0, 128), (128, 128), (256, 94)]
+
+
+def test_a_thousand_requests_and_aborts_lose_nothing():
+    """Every request that is not aborted ends as it would alone; all pages come back."""
+    model = random_model()
+    draw = random.Random(0)
+    engine = Engine(model, max_running=12, cache_tokens=9 * PAGE_TOKENS)
+    stems = [draw.choices(range(1, 40), k=40) for _ in range(3)]
+    waiting = [
+        request(
+            [*draw.choice(stems)[: draw.randint(1, 40)], *draw.choices(range(1, 40), k=draw.randint(0, 4))],
+            max_new_tokens=draw.randint(1, 16), temperature=draw.choice([0.0, 1.0]), seed=draw.randint(0, 9),
+        )
+        for _ in range(1000)
+    ]  # fmt: skip
+    asked, tokens, open_ids, aborted = {}, {}, set(), set()
+    while waiting or open_ids:
+        for _ in range(min(len(waiting), draw.randint(0, 4))):
+            one = waiting.pop()
+            asked[id := engine.add(one)] = one
+            tokens[id] = []
+            open_ids.add(id)
+        if open_ids and draw.random() < 0.3:
+            gone = draw.choice(sorted(open_ids))
+            engine.abort(gone)
+            open_ids.discard(gone)
+            aborted.add(gone)
+        for event in engine.step():
+            assert event.id in open_ids
+            tokens[event.id].append(event.token)
+            if event.finish_reason is not None:
+                open_ids.discard(event.id)
+    assert engine.pool.free == 9
+    assert engine.step() == []
+    assert 100 < len(aborted) < 900
+    for id in draw.sample(sorted(asked.keys() - aborted), 100):
+        assert tokens[id] == complete(Engine(model, max_running=1), [asked[id]])[0].tokens
 
 
 def test_an_aborted_request_gives_no_more_and_disturbs_no_one():
     model = random_model()
-    engine = Engine(model, slots=2)
+    engine = Engine(model, max_running=2)
     ids = [engine.add(request(prompt, stop_tokens=frozenset())) for prompt in PROMPTS[:4]]
     seen: dict[int, list[int]] = {id: [] for id in ids}
     for number in range(200):
@@ -144,13 +267,13 @@ def test_an_aborted_request_gives_no_more_and_disturbs_no_one():
     assert 0 < len(seen[ids[0]]) < 24
     assert seen[ids[3]] == []
     for place in (1, 2):
-        alone = complete(Engine(model, slots=1), [request(PROMPTS[place], stop_tokens=frozenset())])[0]
+        alone = complete(Engine(model, max_running=1), [request(PROMPTS[place], stop_tokens=frozenset())])[0]
         assert seen[ids[place]] == alone.tokens
     assert engine.step() == []
 
 
 def test_what_does_not_fit_a_slot_is_refused_and_the_rest_goes_on():
-    engine = Engine(random_model(), slots=1, capacity=10)
+    engine = Engine(random_model(), max_running=1, longest=10)
     for prompt, count in (([1] * 8, 3), ([], 1), ([1], 0)):
         with pytest.raises(ConfigError, match="max_new_tokens="):
             engine.add(request(prompt, max_new_tokens=count))

@@ -1,4 +1,4 @@
-"""Attention against a loop over single queries in float64: windows, grouped heads, documents, caches, gradients."""
+"""Attention against a loop over single queries in float64: windows, grouped heads, documents, gradients."""
 
 import math
 
@@ -19,17 +19,16 @@ def random_qkv(B=2, T=9, H=4, G=2, D=8, S=None, seed=0, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def naive(q, k, v, window: int, start=None, document=None) -> Tensor:
+def naive(q, k, v, window: int, document=None) -> Tensor:
     """Attend one query and head at a time, in float64."""
     q, k, v = (x.double() for x in (q, k, v))
     B, T, H, D = q.shape
     rows = []
     for b in range(B):
         for t in range(T):
-            position = t + (0 if start is None else int(start[b]))
             seen = [
                 s for s in range(k.shape[1])
-                if position - window <= s <= position and (document is None or document[b, s] == document[b, t])
+                if t - window <= s <= t and (document is None or document[b, s] == document[b, t])
             ]  # fmt: skip
             for h in range(H):
                 g = h * k.shape[2] // H
@@ -70,23 +69,6 @@ def test_blocks_documents_and_windows_in_any_combination(T, window, borders, blo
         patch.setattr(module, "QUERY_BLOCK", block)
         y = attention(q, k, v, window=window, documents=find_documents(document))
     assert_near(y, naive(q, k, v, window, document=document))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 8), min_size=1, max_size=4),
-    T=st.integers(1, 5),
-    spare=st.integers(0, 3),
-    window=st.integers(0, 14),
-)
-def test_ragged_cache(lengths, T, spare, window):
-    B, S = len(lengths), max(lengths) + T + spare
-    q, k, v = random_qkv(B=B, T=T, S=S)
-    start = torch.tensor(lengths)
-    for b, length in enumerate(lengths):  # what lies behind a row's last query must have no weight
-        k[b, length + T :] = 1e4
-        v[b, length + T :] = 1e4
-    assert_near(attention(q, k, v, window=window, start_B=start), naive(q, k, v, window, start=start))
 
 
 @pytest.mark.parametrize("window", [0, 3, 100])

@@ -165,7 +165,7 @@ def test_samples_are_completions_of_the_model_as_it_is_then(new_run, prepared):
         prompts = [(tokenizer.bos, *tokenizer.encode_ordinary(prompt)) for prompt in record["samples"]]
         stop = {"max_new_tokens": 6, "stop_tokens": frozenset({tokenizer.bos}), "temperature": 0.7, "top_k": 40}
         wanted = [Request(prompt=prompt, seed=5 + number, **stop) for number, prompt in enumerate(prompts)]
-        tokens = [one.tokens for one in complete(Engine(model, capacity=64), wanted)]
+        tokens = [one.tokens for one in complete(Engine(model, longest=64), wanted)]
         texts = [tokenizer.decode([token for token in said if token != tokenizer.bos]) for said in tokens]
         assert list(record["samples"].values()) == texts
     assert samples[0]["samples"] != samples[1]["samples"]

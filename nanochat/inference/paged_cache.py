@@ -1,0 +1,166 @@
+"""Keys and values in pages to what a step's tokens attend to: sequences of any length and age in one flat batch.
+
+A page holds PAGE_TOKENS tokens of one sequence in every layer. A sequence has a table of its pages; sequences that
+begin alike share pages, since a full page never changes. A step's tokens stand one after the other, (1, N), whatever
+sequence they belong to: all but attention treats tokens one by one, so padding costs nothing there. Attention pads
+chunks to the longest of their group.
+
+Shapes: N tokens of the step, L layers, P pages, B chunks of a group, T their tokens, S key slots, H query heads, G KV
+heads, R = H / G, D head size.
+Source of the idea: PagedAttention, Kwon et al. 2023 (arXiv 2309.06180).
+Not covered: which page is whose (page_pool.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanochat.config.model import ModelConfig
+from nanochat.model.attention import attention
+
+PAGE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one sequence that a step computes."""
+
+    tokens: Sequence[int]
+    start: int
+    """Tokens of the sequence before them; they are in the cache."""
+    previous: int
+    """The token before, -1 where there is none."""
+    pages: Sequence[int]
+    """The sequence's table, up to the page of the chunk's last token at least."""
+
+
+def pages_for(tokens: int) -> int:
+    """Return how many pages some tokens take."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+class PagedKVCache:
+    """The memory of all sequences together; page 0 is for padding."""
+
+    def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        """Allocate zeros for `pages` pages; `dtype` is the model's compute dtype."""
+        self.config, self.device = config, torch.device(device)
+        # Heads before pages: what a product of attention reads is gathered in one piece.
+        shape = (config.n_layer, config.n_kv_head, pages, PAGE_TOKENS, config.head_dim)
+        self.k_LGPSD = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_LGPSD = torch.zeros(shape, dtype=dtype, device=device)
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages in all layers: a sequence that goes on behind another's half-full page needs one of its own."""
+        source_P, target_P = (torch.tensor(pages, device=self.device) for pages in (sources, targets))
+        for cached in (self.k_LGPSD, self.v_LGPSD):
+            cached.index_copy_(2, target_P, cached.index_select(2, source_P))
+
+    def batch(self, chunks: Sequence[Chunk]) -> "FlatBatch":
+        """Return a step's tokens as the cache of the model's forward, which writes them into their pages."""
+        return FlatBatch(self, chunks)
+
+
+@dataclass
+class _Group:
+    """Chunks that attend together, each from row `first` of the flat batch on."""
+
+    chunks: list[Chunk]
+    firsts: list[int]
+    is_fresh: bool
+    """Nothing of them is in the cache yet: they see themselves alone."""
+    width: int = 0
+    row_BT: Tensor | None = None
+    """Rows of the flat batch, those of padding repeated; None if the group is the whole batch, unpadded."""
+    real_BT: Tensor | None = None
+    views: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By window: the table of the pages that are seen, flat, and what is added to the scores."""
+
+
+class FlatBatch:
+    """A step's tokens, (1, N): a `Cache` of the model."""
+
+    def __init__(self, cache: PagedKVCache, chunks: Sequence[Chunk]) -> None:
+        self.cache = cache
+        columns: list[tuple[int, int, int, int]] = []
+        groups: dict[tuple[bool, int], _Group] = {}
+        for chunk in chunks:
+            is_fresh = chunk.start == 0 and len(chunk.tokens) > 1
+            key = (is_fresh, (len(chunk.tokens) - 1).bit_length())
+            group = groups.setdefault(key, _Group([], [], is_fresh))
+            group.chunks.append(chunk)
+            group.firsts.append(len(columns))
+            before = [chunk.previous, *chunk.tokens[:-1]]
+            for place, (token, previous) in enumerate(zip(chunk.tokens, before), start=chunk.start):
+                slot = chunk.pages[place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS
+                columns.append((token, place, previous, slot))
+        made = torch.tensor(columns, device=cache.device).T.contiguous()
+        self.tokens_BT, self.position_BT, self.previous_BT, self._slot_N = made[:1], made[1:2], made[2:3], made[3]
+        self._groups = list(groups.values())
+        for group in self._groups:
+            self._pad(group, len(columns))
+
+    def attend(self, layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
+        """Store the step's keys and values, and return what its queries see of their sequences, y_BTHD."""
+        G, D = self.cache.config.n_kv_head, self.cache.config.head_dim
+        for cached, new in ((self.cache.k_LGPSD[layer], k_BTGD), (self.cache.v_LGPSD[layer], v_BTGD)):
+            cached.view(G, -1, D).index_copy_(1, self._slot_N, new[0].transpose(0, 1))
+        whole = self._groups[0].row_BT is None
+        y_BTHD = q_BTHD if whole else torch.empty_like(q_BTHD)
+        for group in self._groups:
+            rows = (len(group.chunks), group.width)
+            q, k, v = (x[0].unflatten(0, rows) if whole else x[0, group.row_BT] for x in (q_BTHD, k_BTGD, v_BTGD))
+            seen = attention(q, k, v, window=window) if group.is_fresh else self._look_back(group, layer, q, window)
+            if whole:
+                return seen.flatten(0, 1)[None]
+            assert group.row_BT is not None, "there are other rows"
+            y_BTHD[0, group.row_BT[group.real_BT]] = seen[group.real_BT]
+        return y_BTHD
+
+    def _look_back(self, group: _Group, layer: int, q_BTHD: Tensor, window: int) -> Tensor:
+        """Attend to what the chunks' pages hold; scores and softmax are float32."""
+        table_P, bias_BTS = self._view(group, window)
+        B, T, H, D = q_BTHD.shape
+        G = self.cache.config.n_kv_head
+        R = H // G
+        k_NSD = self.cache.k_LGPSD[layer].index_select(1, table_P).view(G * B, -1, D)
+        v_NSD = self.cache.v_LGPSD[layer].index_select(1, table_P).view(G * B, -1, D)
+        q_NTD = q_BTHD.view(B, T, G, R, D).permute(2, 0, 3, 1, 4).reshape(G * B, R * T, D)
+        scores = torch.bmm(q_NTD, k_NSD.transpose(1, 2)).view(G, B, R, T, -1).float() * D**-0.5 + bias_BTS[:, None]
+        weights = torch.softmax(scores, dim=-1).to(v_NSD.dtype).view(G * B, R * T, -1)
+        return torch.bmm(weights, v_NSD).view(G, B, R, T, D).permute(1, 3, 0, 2, 4).reshape(B, T, H, D)
+
+    def _pad(self, group: _Group, rows: int) -> None:
+        """Say which rows of the flat batch a group's (B, T) are; padding repeats a chunk's last row."""
+        lengths = [len(chunk.tokens) for chunk in group.chunks]
+        group.width = max(lengths)
+        if len(self._groups) == 1 and sum(lengths) == rows == len(lengths) * group.width:
+            return
+        device = self.cache.device
+        length_B1 = torch.tensor(lengths, device=device)[:, None]
+        place_T = torch.arange(group.width, device=device)
+        group.real_BT = place_T < length_B1
+        group.row_BT = torch.tensor(group.firsts, device=device)[:, None] + torch.minimum(place_T, length_B1 - 1)
+
+    def _view(self, group: _Group, window: int) -> tuple[Tensor, Tensor]:
+        """Return the pages that a group sees through a window, and 0 or minus infinity for each query and key."""
+        if window not in group.views:
+            firsts = [max(0, chunk.start - window) // PAGE_TOKENS for chunk in group.chunks]
+            ends = [pages_for(chunk.start + len(chunk.tokens)) for chunk in group.chunks]
+            count = max(end - first for first, end in zip(firsts, ends))
+            table = [
+                [*chunk.pages[first:end], *[0] * (count - end + first)]
+                for chunk, first, end in zip(group.chunks, firsts, ends)
+            ]
+            device = self.cache.device
+            starts = torch.tensor([chunk.start for chunk in group.chunks], device=device)
+            query_BT = starts[:, None] + torch.arange(group.width, device=device)
+            slot_S = torch.arange(count * PAGE_TOKENS, device=device)
+            key_BS = torch.tensor(firsts, device=device)[:, None] * PAGE_TOKENS + slot_S
+            distance = query_BT[:, :, None] - key_BS[:, None]
+            bias = torch.zeros(distance.shape, device=device)
+            bias.masked_fill_((distance < 0) | (distance > window), float("-inf"))
+            group.views[window] = (torch.tensor(table, device=device).flatten(), bias)
+        return group.views[window]
