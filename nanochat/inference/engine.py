@@ -14,7 +14,7 @@ Sources of the ideas: continuous batching, Orca (OSDI 2022), section 3; chunked 
 import hashlib
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from nanochat.errors import ConfigError
 from nanochat.inference.page_pool import ROOT, PagePool
 from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pages_for
-from nanochat.inference.sampling import sample_tokens
+from nanochat.inference.sampling import Sampling, move_logits, sample_tokens
 from nanochat.model.gpt import GPT
 
 CHUNK_TOKENS = 128
@@ -32,24 +32,43 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """One completion that is asked for."""
+class Request(Sampling):
+    """One completion that is asked for, and how it is sampled."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     """At most this many new tokens; the end token is one of them."""
     stop_tokens: frozenset[int] = frozenset()
     """Ids that end the completion; the one that did is its last token."""
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
     seed: int = 0
     """Two requests with the same prompt, parameters and seed give the same tokens."""
-    banned: frozenset[int] = frozenset()
-    """Ids that are never sampled."""
-    first_position: int = 0
-    """Draws count from here: a request that goes on where another stopped goes on in its random numbers."""
+    min_new_tokens: int = 0
+    """Stop tokens are not drawn before so many new tokens."""
+    logprobs: int | None = None
+    """Report each token's log probability, and those of so many of the likeliest; none = no report."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens; none of them is taken from the prefix cache then."""
+    continued: int = 0
+    """So many tokens at the prompt's end are the completion's already: it goes on in its draws and penalties."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a token was, by the model: before temperature, penalties and what leaves tokens out."""
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+    """The likeliest ids there and their log probabilities, in order."""
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What became of a request's prompt."""
+
+    cached_tokens: int
+    """So many of its tokens were in the prefix cache."""
+    likelihoods: tuple[Likelihood, ...] = ()
+    """Of its second token and on, if the request asks for them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,10 @@ class Event:
     """Why the completion ends with this token; None while it goes on."""
     is_forced: bool = False
     """Whether a tool said it, not the model."""
+    likelihood: Likelihood | None = None
+    """If the request asks for it; a tool's tokens have none."""
+    prompt: PromptReport | None = None
+    """With a request's first token."""
 
 
 class TokenSource(Protocol):
@@ -93,6 +116,10 @@ class _Sequence:
     """Of those, tokens of published pages."""
     last_page: int = ROOT
     """The pool's name of the last published page."""
+    cached: int = 0
+    """Tokens of the prompt that it did not compute itself."""
+    likelihoods: list[Likelihood] = field(default_factory=list)
+    """Of the prompt's tokens from the second on."""
 
     @property
     def left(self) -> int:
@@ -173,6 +200,8 @@ class Engine:
         rows: list[int] = []
         end = 0
         for sequence, count in scheduled:
+            if sequence.request.prompt_logprobs is not None:
+                self._judge_prompt(sequence, hidden_NC[end : end + count])
             sequence.computed += count
             end += count
             self._publish(sequence)
@@ -196,7 +225,8 @@ class Engine:
         promised = sum(pages_for(len(sequence.tokens) + 1) - len(sequence.pages) for sequence in self._running)
         while self._waiting and len(self._running) < self.max_running:
             sequence = self._waiting[0]
-            sequence.pages, sequence.last_page = self.pool.find(sequence.tokens[:-1])
+            known = sequence.tokens[:-1] if sequence.request.prompt_logprobs is None else []
+            sequence.pages, sequence.last_page = self.pool.find(known)
             sequence.computed = sequence.published = len(sequence.pages) * PAGE_TOKENS
             # It begins only if all of its tokens have room, and one more, or it would soon be in the others' way.
             lacking = pages_for(len(sequence.tokens) + 1) - len(sequence.pages)
@@ -204,6 +234,8 @@ class Engine:
                 self.pool.release(sequence.pages)
                 break
             promised += lacking - self._grow(sequence)
+            if len(sequence.tokens) == len(sequence.request.prompt):
+                sequence.cached = sequence.computed
             self._running.append(self._waiting.popleft())
             scheduled.append((sequence, sequence.chunk))
             budget -= sequence.chunk
@@ -252,26 +284,51 @@ class Engine:
         requests = [sequence.request for sequence in sequences]
         counts = [len(sequence.tokens) - len(sequence.request.prompt) for sequence in sequences]
         logits_BV = self.model.logits(hidden_BC)
-        banned = [(row, token) for row, request in enumerate(requests) for token in request.banned]
-        if banned:
-            row_N, token_N = torch.tensor(banned, device=self.device).T
-            logits_BV[row_N, token_N] = float("-inf")
-        tokens = sample_tokens(
-            logits_BV,
-            temperatures=[request.temperature for request in requests],
-            top_ks=[request.top_k for request in requests],
-            uniforms=[uniform(one.seed, one.first_position + count) for one, count in zip(requests, counts)],
-        ).tolist()
+        judged = {row: logits_BV[row].clone() for row, one in enumerate(requests) if one.logprobs is not None}
+        for row, (request, sequence, count) in enumerate(zip(requests, sequences, counts)):
+            if not request.is_plain:
+                said = len(request.prompt) - request.continued
+                move_logits(logits_BV[row], request, sequence.tokens[:said], sequence.tokens[said:])
+            if request.continued + count < request.min_new_tokens:
+                logits_BV[row, list(request.stop_tokens)] = float("-inf")
+        uniforms = [uniform(one.seed, one.continued + count) for one, count in zip(requests, counts)]
+        tokens = sample_tokens(logits_BV, requests, uniforms).tolist()
         events = []
-        for sequence, token, count in zip(sequences, tokens, counts, strict=True):
+        for row, (sequence, token, count) in enumerate(zip(sequences, tokens, counts, strict=True)):
+            request = sequence.request
             sequence.tokens.append(token)
-            reason: FinishReason | None = "length" if count + 1 == sequence.request.max_new_tokens else None
-            if token in sequence.request.stop_tokens:
+            reason: FinishReason | None = "length" if count + 1 == request.max_new_tokens else None
+            if token in request.stop_tokens:
                 reason = "stop"
-            events.append(Event(sequence.id, token, reason))
+            event = Event(sequence.id, token, reason)
+            if row in judged:
+                event = replace(event, likelihood=_likelihoods(judged[row][None], [token], request.logprobs or 0)[0])
+            if count == 0:
+                event = replace(event, prompt=PromptReport(sequence.cached, tuple(sequence.likelihoods)))
+            events.append(event)
             if reason is not None:
                 self._end(sequence)
         return events
+
+    def _judge_prompt(self, sequence: _Sequence, hidden_TC: torch.Tensor) -> None:
+        """Keep how likely the prompt's tokens were that follow those of a chunk; not twice after a preemption."""
+        next_place = sequence.computed + 1
+        targets = list(sequence.request.prompt[next_place : next_place + len(hidden_TC)])
+        known = max(0, len(sequence.likelihoods) - sequence.computed)
+        if targets[known:]:
+            logits_TV = self.model.logits(hidden_TC[known : len(targets)])
+            sequence.likelihoods += _likelihoods(logits_TV, targets[known:], sequence.request.prompt_logprobs or 0)
+
+
+def _likelihoods(logits_TV: torch.Tensor, tokens: list[int], count: int) -> list[Likelihood]:
+    """Return how likely each token was, and the `count` likeliest in its place."""
+    logprobs_TV = logits_TV.float().log_softmax(-1)
+    values_TK, token_TK = logprobs_TV.topk(min(count, logprobs_TV.shape[1]))
+    own = logprobs_TV.gather(1, torch.tensor(tokens, device=logits_TV.device)[:, None])[:, 0].tolist()
+    return [
+        Likelihood(logprob, tuple(zip(ids, values)))
+        for logprob, ids, values in zip(own, token_TK.tolist(), values_TK.tolist())
+    ]
 
 
 def uniform(seed: int, position: int) -> float:

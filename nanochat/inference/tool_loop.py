@@ -7,6 +7,7 @@ say output tokens itself: what stands between them was the tool's.
 Source: the calculator loop of karpathy/nanochat engine.py@92d63d4.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,8 +26,9 @@ class _Turn:
 
     id: int
     request: Request
+    """As it came, but for `said`: its prompt is what stood before the completion."""
     said: list[int]
-    calls: int = 0
+    calls: int
 
 
 class ToolLoop:
@@ -37,14 +39,19 @@ class ToolLoop:
     ) -> None:
         self.engine, self.tokenizer, self.tool = engine, tokenizer, tool
         self._call_start, self._call_end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
-        self._tool_alone = {tokenizer.special("<|output_start|>"), tokenizer.special("<|output_end|>")}
+        self._tool_alone = {tokenizer.special(name): -math.inf for name in ("<|output_start|>", "<|output_end|>")}
         self._turns: dict[int, _Turn] = {}  # by the engine's id of the request that runs now
         self._next_id = 0
 
     def add(self, request: Request) -> int:
         """Queue a request and return its id. Raises: as the engine does."""
         self._next_id += 1
-        self._submit(_Turn(self._next_id, request, []))
+        begun = len(request.prompt) - request.continued
+        said = list(request.prompt[begun:])
+        whole = replace(
+            request, prompt=request.prompt[:begun], continued=0, max_new_tokens=request.max_new_tokens + len(said)
+        )
+        self._submit(_Turn(self._next_id, whole, said, calls=said.count(self._call_end)))
         return self._next_id
 
     def abort(self, id: int) -> None:
@@ -81,8 +88,8 @@ class ToolLoop:
         request, said = turn.request, len(turn.said)
         going_on = replace(
             request, prompt=(*request.prompt, *turn.said), max_new_tokens=request.max_new_tokens - said,
-            stop_tokens=request.stop_tokens | {self._call_end}, banned=request.banned | self._tool_alone,
-            first_position=request.first_position + said,
+            stop_tokens=request.stop_tokens | {self._call_end},
+            logit_bias={**request.logit_bias, **self._tool_alone}, continued=said,
         )  # fmt: skip
         self._turns[self.engine.add(going_on)] = turn
 

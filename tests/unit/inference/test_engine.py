@@ -1,5 +1,6 @@
 """The engine gives every request what it would get alone; the tool loop puts the tool's words in."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
-from nanochat.inference.engine import Engine, Event, Request, complete, uniform
+from nanochat.inference.engine import Engine, Event, PromptReport, Request, complete, uniform
 from nanochat.inference.paged_cache import PAGE_TOKENS
 from nanochat.inference.tool_loop import MAX_CALLS, NO_RESULT, ToolLoop
 from nanochat.model.gpt import GPT
@@ -96,9 +97,9 @@ def test_a_request_that_goes_on_where_another_stopped_draws_what_that_would_have
     model = random_model()
     whole = request([5, 7], temperature=1.0, seed=3, stop_tokens=frozenset())
     tokens = complete(Engine(model), [whole])[0].tokens
-    rest = replace(whole, prompt=(5, 7, *tokens[:9]), max_new_tokens=15, first_position=9)
+    rest = replace(whole, prompt=(5, 7, *tokens[:9]), max_new_tokens=15, continued=9)
     assert complete(Engine(model), [rest])[0].tokens == tokens[9:]
-    assert complete(Engine(model), [replace(rest, first_position=0)])[0].tokens != tokens[9:]
+    assert complete(Engine(model), [replace(rest, continued=0)])[0].tokens != tokens[9:]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -106,10 +107,87 @@ def test_banned_tokens_are_never_sampled_and_others_requests_may(temperature):
     model = random_model()
     free = request([5], temperature=temperature, seed=1, stop_tokens=frozenset())
     said = complete(Engine(model), [free])[0].tokens
-    banned = replace(free, banned=frozenset(said[:2]))
+    banned = replace(free, logit_bias=dict.fromkeys(said[:2], -math.inf))
     both = complete(Engine(model), [banned, free])
     assert both[1].tokens == said
     assert not set(both[0].tokens) & set(said[:2])
+
+
+def test_logprobs_are_the_models_own_whatever_moves_the_draws():
+    model = random_model()
+    asked = request(
+        [5, 7], temperature=0.7, top_k=3, logit_bias={2: 9.0}, presence_penalty=1.0, logprobs=2, stop_tokens=frozenset()
+    )
+    engine, tokens = Engine(model), [5, 7]
+    id = engine.add(asked)
+    engine.add(replace(asked, logprobs=None))
+    for _ in range(24):
+        event, other = sorted(engine.step(), key=lambda event: event.id)
+        with torch.no_grad():
+            expected = model.logits(model(torch.tensor([tokens])))[0, -1].log_softmax(-1)
+        assert event.id == id
+        assert_likelihood(event.likelihood, event.token, expected, 2)
+        assert (other.token, other.likelihood) == (event.token, None)
+        tokens.append(event.token)
+
+
+def assert_likelihood(actual, token: int, expected_V: torch.Tensor, count: int) -> None:
+    best = expected_V.topk(count)
+    assert actual.logprob == pytest.approx(expected_V[token].item(), abs=1e-5)
+    assert [token for token, _ in actual.likeliest] == best.indices.tolist()
+    assert [value for _, value in actual.likeliest] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 127, 128, 129, 300])
+def test_a_prompts_own_logprobs_are_those_of_the_full_forward(length):
+    model, prompt = long_model(), prompt_of(length)
+    with torch.no_grad():
+        expected_TV = model.logits(model(torch.tensor([prompt])))[0].log_softmax(-1)
+    engine = Engine(model)
+    complete(engine, [request(prompt)])  # its pages would be found
+    id = engine.add(request(prompt, prompt_logprobs=3))
+    while not (events := engine.step()):
+        pass
+    report = events[0].prompt
+    assert events[0].id == id
+    assert report.cached_tokens == 0
+    assert len(report.likelihoods) == length - 1
+    for place, likelihood in enumerate(report.likelihoods):
+        assert_likelihood(likelihood, prompt[place + 1], expected_TV[place], 3)
+    assert all(event.prompt is None for event in engine.step()), "it comes once"
+
+
+def test_cached_tokens_are_counted():
+    engine = Engine(long_model())
+    for expected in (0, 64):
+        engine.add(request(prompt_of(70), max_new_tokens=1))
+        (event,) = engine.step()
+        assert event.prompt == PromptReport(expected)
+
+
+def test_stop_tokens_wait_for_the_least_length():
+    model = random_model()
+    free = request([5, 7], temperature=1.0, stop_tokens=frozenset())
+    tokens = complete(Engine(model), [free])[0].tokens
+    length = tokens.index(tokens[9]) + 1
+    asked = replace(free, stop_tokens=frozenset({tokens[9]}))
+    assert complete(Engine(model), [replace(asked, min_new_tokens=length - 1)])[0].tokens == tokens[:length]
+    longer = complete(Engine(model), [replace(asked, min_new_tokens=length)])[0].tokens
+    assert longer[: length - 1] == tokens[: length - 1]
+    assert longer[length - 1] != tokens[9]
+
+
+def test_penalties_count_what_was_said_also_where_a_completion_goes_on():
+    model = random_model()
+    asked = request(
+        [5, 7, 7], frequency_penalty=4.0, repetition_penalty=1.3, max_new_tokens=20, stop_tokens=frozenset()
+    )
+    tokens = complete(Engine(model), [asked])[0].tokens
+    plain = complete(Engine(model), [request([5, 7, 7], max_new_tokens=20, stop_tokens=frozenset())])[0].tokens
+    assert len(set(tokens)) > len(set(plain))
+    rest = replace(asked, prompt=(5, 7, 7, *tokens[:9]), max_new_tokens=11, continued=9)
+    assert complete(Engine(model), [rest])[0].tokens == tokens[9:]
+    assert complete(Engine(model), [replace(rest, continued=0)])[0].tokens != tokens[9:]
 
 
 def spied_tokens(model, monkeypatch) -> list[int]:
@@ -337,8 +415,21 @@ def test_a_call_is_answered_by_forced_tokens_and_the_model_goes_on():
     first, second = engine.added
     assert second.prompt == (1, 2, *says[:11])
     assert second.max_new_tokens == 100 - 11
-    assert second.first_position == 11, "its draws go on where they were"
+    assert second.continued == 11, "its draws go on where they were"
     assert second.seed == first.seed == 5
+
+
+def test_an_answer_that_is_continued_after_any_token_is_what_it_would_have_been():
+    told = [OUTPUT, *spelled("5"), TOLD]
+    says = [*spelled("So "), CALL, *spelled("2+3"), CALLED, *told, *spelled("5."), END]
+    for cut in [0, 1, 3, 4, 5, 7, *range(11, len(says))]:
+        engine = Script(says, prompt=2)
+        rest = Request(
+            prompt=(1, 2, *says[:cut]), max_new_tokens=100 - cut, stop_tokens=frozenset({END}), continued=cut
+        )
+        assert complete(ToolLoop(engine, TOKENIZER), [rest])[0].tokens == says[cut:]
+        assert engine.added[0].continued == cut
+        assert engine.added[-1].max_new_tokens == 100 - (11 if cut < 11 else cut)
 
 
 def test_two_calls_and_a_call_without_a_result():
@@ -353,7 +444,7 @@ def test_two_calls_and_a_call_without_a_result():
 def test_the_model_cannot_say_what_the_tool_says():
     says = [CALL, *spelled("2+3"), CALLED, OUTPUT, *spelled("5"), TOLD, END]
     _, engine = run(says)
-    assert all({OUTPUT, TOLD} <= one.banned for one in engine.added)
+    assert all(one.logit_bias == {OUTPUT: -math.inf, TOLD: -math.inf} for one in engine.added)
 
 
 def test_a_model_that_calls_for_ever_is_stopped():

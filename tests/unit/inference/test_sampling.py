@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.inference.sampling import sample_tokens
+from nanochat.inference.sampling import Sampling, move_logits, sample_tokens
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -21,7 +21,7 @@ LOGITS_V = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
 def draw(logits_BV: torch.Tensor, temperature: float, top_k: int | None, seed: int) -> torch.Tensor:
     rows = len(logits_BV)
     uniforms = np.random.default_rng(seed).random(rows).tolist()
-    return sample_tokens(logits_BV, temperatures=[temperature] * rows, top_ks=[top_k] * rows, uniforms=uniforms)
+    return sample_tokens(logits_BV, [Sampling(temperature=temperature, top_k=top_k)] * rows, uniforms)
 
 
 def frequencies(temperature: float, top_k: int | None, draws: int = 40_000) -> np.ndarray:
@@ -56,23 +56,58 @@ def test_a_draw_is_always_a_token_of_the_top(seed, top_k, temperature):
     assert torch.equal(tokens_B, draw(logits_BV, temperature, top_k, seed))
 
 
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"top_p": 0.5}, [1]),
+        ({"top_p": 0.6}, [1, 3]), ({"top_p": 0.7}, [1, 3]), ({"top_p": 1e-9}, [1]), ({"min_p": 0.3}, [1, 3]),
+        ({"min_p": 0.2}, [0, 1, 3]), ({"min_p": 1.0}, [1]), ({"top_k": 3, "top_p": 0.999}, [0, 1, 3]),
+        ({"top_k": 2, "top_p": 0.7}, [1]), ({"top_p": 0.9, "min_p": 0.3}, [1, 3]),
+    ],
+)  # fmt: skip
+def test_who_is_left_out_and_that_the_others_share_its_probability(options, left):
+    """Probabilities are 0.126, 0.563, 0.028, 0.207 and 0.076; top_k 2 leaves 0.731 and 0.269."""
+    rows = 20_000
+    uniforms = np.random.default_rng(1).random(rows).tolist()
+    sampling = Sampling(temperature=1.0, **options)
+    tokens_B = sample_tokens(LOGITS_V.expand(rows, 5), [sampling] * rows, uniforms)
+    expected = torch.full((5,), -math.inf)
+    expected[left] = LOGITS_V[left]
+    actual = np.bincount(tokens_B.numpy(), minlength=5) / rows
+    assert set(np.flatnonzero(actual).tolist()) == set(left)
+    assert np.abs(actual - expected.softmax(-1).numpy()).max() < 5 * np.sqrt(0.25 / rows)
+
+
 def test_every_row_draws_by_its_own_parameters():
-    """Greedy, all tokens, and two kinds of top-k in one batch: each as it would be alone."""
-    rows = [(0.0, None, 0.9), (1.0, None, 0.3), (0.7, 2, 0.99), (2.0, 1, 0.5), (1.3, 4, 0.01)]
-    logits_BV = torch.randn(5, 8, generator=generator(7))
-    together = sample_tokens(logits_BV, temperatures=[r[0] for r in rows], top_ks=[r[1] for r in rows],
-                             uniforms=[r[2] for r in rows])  # fmt: skip
-    for row, (temperature, top_k, uniform) in enumerate(rows):
-        alone = sample_tokens(
-            logits_BV[row : row + 1], temperatures=[temperature], top_ks=[top_k], uniforms=[uniform]
-        )  # fmt: skip
+    """Greedy, all tokens, and kinds of leaving out in one batch: each as it would be alone."""
+    rows = [
+        ({"temperature": 0.0}, 0.9), ({"temperature": 1.0}, 0.3), ({"temperature": 0.7, "top_k": 2}, 0.99),
+        ({"temperature": 2.0, "top_k": 1}, 0.5), ({"temperature": 1.3, "top_k": 4}, 0.01),
+        ({"temperature": 1.0, "top_p": 0.8}, 0.7), ({"temperature": 1.0, "min_p": 0.4, "top_k": 6}, 0.2),
+    ]  # fmt: skip
+    logits_BV = torch.randn(7, 8, generator=generator(7))
+    samplings, uniforms = [Sampling(**options) for options, _ in rows], [uniform for _, uniform in rows]
+    together = sample_tokens(logits_BV, samplings, uniforms)
+    for row in range(7):
+        alone = sample_tokens(logits_BV[row : row + 1], samplings[row : row + 1], uniforms[row : row + 1])
         assert alone.item() == together[row].item(), row
     assert together[0] == logits_BV[0].argmax()
     assert together[3] == logits_BV[3].argmax()
 
 
+def test_penalties_and_bias_by_hand():
+    logits_V = torch.tensor([2.0, -2.0, 1.0, 0.5, 0.0, 3.0])
+    sampling = Sampling(
+        repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, logit_bias={3: 1.5, 4: -math.inf, 2: 1.0}
+    )
+    move_logits(logits_V, sampling, prompt=[0, 1, 0], completion=[2, 2, 5])
+    assert logits_V.tolist() == [1.0, -4.0, 0.5 - 0.25 - 2 * 0.5 + 1.0, 2.0, -math.inf, 1.5 - 0.25 - 0.5]
+    assert not sampling.is_plain
+    assert Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1).is_plain
+
+
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_a_token_without_probability_is_never_drawn_at_the_ends(uniform):
     logits_BV = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
-    drawn = sample_tokens(logits_BV, temperatures=[1.0], top_ks=[None], uniforms=[uniform])
+    drawn = sample_tokens(logits_BV, [Sampling(temperature=1.0)], [uniform])
     assert drawn.item() in (1, 2)
