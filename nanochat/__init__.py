@@ -5,10 +5,11 @@ data        raw text -> text shards -> tokenizer -> token shards -> rows of a st
 model       rows -> loss: transformer, attention, optimiser, the depth dial
 training    loss -> checkpoints: one optimiser step, the training loop, pretraining, fine-tuning, metrics
 tasks       datasets that can be trained on and scored, and their mixtures -> rows
-inference   checkpoint -> text: KV cache, sampling, engine, calculator, code sandbox
+inference   checkpoint -> text: paged cache, sampling, engine, tool loop, calculator, code sandbox
+serving     text -> people and programs: OpenAI's API over HTTP, the chat page
 evaluation  checkpoint -> scores: bits per byte, CORE, chat tasks
 pages       a run -> report.html and walk.html
-cluster     the only Ray code: sessions, parallel maps, data streams, trainers
+cluster     the only Ray code: sessions, parallel maps, data streams, trainers, the endpoint's replicas
 
 Beside them: errors.py (what can go wrong), storage.py (where files lie), run_context.py (who a worker is),
 provenance.py (what made an artifact).

@@ -27,10 +27,10 @@ class ChatConfig:
     """Which model: sft, pretrain, or a checkpoint folder."""
     prompt: str | None = None
     """Answer this and leave."""
-    temperature: float = 0.0
-    """0 = the likeliest token."""
-    top_k: int = 40
-    """Draw from this many of the likeliest tokens, 0 = all."""
+    temperature: float | None = None
+    """0 = the likeliest token; none = what the checkpoint says."""
+    top_k: int | None = None
+    """Draw from this many of the likeliest tokens, 0 = all; none = what the checkpoint says."""
     seed: int = 0
     """Of the draws."""
     max_new_tokens: int = 256
@@ -85,22 +85,24 @@ def _run(config: ChatConfig) -> None:
 
 def load_session(config: ChatConfig) -> tuple[Any, str]:
     """Return a session with the model, and what it is called."""
-    from nanochat.cluster.jobs import named_model, tokenizer_of
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.inference.chat_session import ChatSession
     from nanochat.inference.engine import Engine
     from nanochat.inference.load import load_model
     from nanochat.inference.tool_loop import ToolLoop
     from nanochat.run_context import RunContext
-    from nanochat.training.checkpoint import Checkpoint
+    from nanochat.training.checkpoint import named_checkpoint, tokenizer_of
 
-    checkpoint = Checkpoint(str(named_model(config.run_dir, config.model, print).checkpoint))
+    checkpoint = named_checkpoint(config.run_dir, config.model, print)
     tokenizer = Tokenizer.load(tokenizer_of(config.run_dir, checkpoint.folder))
     gpt = load_model(checkpoint, tokenizer, RunContext())
     engine = Engine(gpt, max_running=1)
+    own = checkpoint.generation
+    temperature = own.get("temperature", 0.0) if config.temperature is None else config.temperature
+    top_k = int(own.get("top_k", 0)) if config.top_k is None else config.top_k
     session = ChatSession(
         ToolLoop(engine, tokenizer), tokenizer, engine.capacity, max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k or None, seed=config.seed,
+        temperature=temperature, top_k=top_k or None, seed=config.seed,
     )  # fmt: skip
     return session, checkpoint.folder
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from nanochat.cluster.jobs import newest_of
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.evaluation.core import load_bundle
 from nanochat.evaluation.scoring import GPTScorer, Group, cropped
@@ -22,6 +21,7 @@ from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
+from nanochat.training.checkpoint import newest_of
 
 WARM_UP_EXAMPLES = 4
 Dtype = Literal["bfloat16", "float32"]

@@ -23,7 +23,7 @@ from nanochat.data.corpora import prepare_corpus
 from nanochat.data.document_shards import write_token_shards
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
-from nanochat.errors import CheckpointError, ConfigError
+from nanochat.errors import ConfigError
 from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
 from nanochat.provenance import begin_stage, check_stage, file_identity
 from nanochat.run_context import RunContext
@@ -32,7 +32,7 @@ from nanochat.tasks.mixture import MixtureSource, load_mixture, parse_part, with
 from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.tasks.task import Excerpt
 from nanochat.training import plan as planning
-from nanochat.training.checkpoint import Checkpoint, newest_checkpoint, problem_with, step_folder
+from nanochat.training.checkpoint import STAGES, Checkpoint, named_checkpoint, tokenizer_of
 from nanochat.training.metrics import progress_line
 from nanochat.training.sft import resolve_sft
 
@@ -203,33 +203,11 @@ def trained_character(run_dir: str) -> str | None:
     return character
 
 
-def tokenizer_of(run_dir: str, checkpoint: str) -> str:
-    """Return the run directory's tokenizer folder, or if it has none that of the checkpoint's run directory."""
-    own, beside = RunFolder(run_dir).tokenizer, storage.join(checkpoint.rsplit("/", 3)[0], "tokenizer")
-    has_none = not storage.exists(storage.join(own, "tokenizer.json"))
-    return beside if has_none and storage.exists(storage.join(beside, "tokenizer.json")) else own
-
-
 def named_model(run_dir: str, name: str, note: Callable[[str], None]) -> Model:
     """Return the newest checkpoint of a stage, or the checkpoint folder of that path; `note` hears of damaged ones."""
-    folder = RunFolder(run_dir)
-    stages = {"pretrain": folder.pretrain, "sft": folder.sft}
-    if name in stages:
-        return Model(name, newest_of(stages[name], note).folder)
-    path = storage.absolute(name)
-    if (problem := problem_with(path)) is not None:
-        raise CheckpointError(f"checkpoint={name}: {problem}. Name pretrain, sft, or a complete step_ folder.")
-    return Model("_".join(part for part in path.rstrip("/").split("/")[-4:] if part != "checkpoints"), path)
-
-
-def newest_of(stage: StageFolder, note: Callable[[str], None]) -> Checkpoint:
-    """Return a stage's newest complete checkpoint. Raises: CheckpointError if there is none."""
-    step = newest_checkpoint(stage.checkpoints, passed_over=note)
-    if step is None:
-        raise CheckpointError(
-            f"run_dir={stage.root}: has no complete checkpoint. Train that stage first, or name another --run-dir."
-        )
-    return Checkpoint(step_folder(stage.checkpoints, step))
+    folder = named_checkpoint(run_dir, name, note).folder
+    is_stage = name in STAGES
+    return Model(name if is_stage else "_".join(p for p in folder.split("/")[-4:] if p != "checkpoints"), folder)
 
 
 def _watched(

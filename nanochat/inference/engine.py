@@ -160,7 +160,7 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request and return its id.
 
-        Raises: ConfigError if prompt and completion are too long, or there is nothing to do.
+        Raises: ConfigError if prompt and completion are too long, or there is nothing to do, or an id is none.
         """
         needed = len(request.prompt) + request.max_new_tokens
         if not request.prompt or request.max_new_tokens < 1:
@@ -170,9 +170,22 @@ class Engine:
                 f"max_new_tokens={request.max_new_tokens}: with a prompt of {len(request.prompt)} tokens must be at "
                 f"most {self.capacity} in all. Shorten one of them."
             )
+        ids = [*request.prompt, *request.logit_bias, *request.stop_tokens]
+        if min(ids) < 0 or max(ids) >= self.model.config.vocab_size:
+            raise ConfigError(f"prompt: ids must be in [0, {self.model.config.vocab_size}). Use the model's tokenizer.")
         self._next_id += 1
         self._waiting.append(_Sequence(self._next_id, request, list(request.prompt)))
         return self._next_id
+
+    @property
+    def running(self) -> int:
+        """Requests that are being computed."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for room."""
+        return len(self._waiting)
 
     def abort(self, id: int) -> None:
         """Forget a request, waiting or running; an unknown id is none."""

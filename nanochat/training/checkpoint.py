@@ -23,8 +23,11 @@ from torch import Tensor
 
 from nanochat import storage
 from nanochat.errors import CheckpointError
+from nanochat.storage import RunFolder, StageFolder
 
 FORMAT_VERSION = 1
+STAGES = ("pretrain", "sft")
+"""What a model can be named by: the folders of a run directory that hold checkpoints."""
 _STEP_FOLDER = re.compile(r"step_(\d{6,})$")
 
 
@@ -117,6 +120,16 @@ class Checkpoint:
         path = storage.join(self.folder, f"checksums_00_of_{self.state['world_size']:02d}.json")
         return storage.read_json(path)["sha256"]["model.safetensors"]
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model was fine-tuned on conversations."""
+        return "base_sha256" in self.state["stage"]
+
+    @property
+    def generation(self) -> dict[str, float]:
+        """Sampling parameters where a request names none."""
+        return self.state.get("generation", {})
+
     def model_tensors(self) -> dict[str, Tensor]:
         """Return the parameters by name, on CPU."""
         return _load_file(storage.join(self.folder, "model.safetensors"))
@@ -140,6 +153,36 @@ class Checkpoint:
                 raise CheckpointError(
                     f"checkpoint={self.folder}: lacks optimiser state {target}. Use another checkpoint."
                 )
+
+
+def newest_of(stage: StageFolder, note: Callable[[str], None]) -> Checkpoint:
+    """Return a stage's newest complete checkpoint. Raises: CheckpointError if there is none."""
+    step = newest_checkpoint(stage.checkpoints, passed_over=note)
+    if step is None:
+        raise CheckpointError(
+            f"run_dir={stage.root}: has no complete checkpoint. Train that stage first, or name another --run-dir."
+        )
+    return Checkpoint(step_folder(stage.checkpoints, step))
+
+
+def named_checkpoint(run_dir: str, name: str, note: Callable[[str], None]) -> Checkpoint:
+    """Return the newest checkpoint of a stage, or the one in the folder of that path; `note` hears of damaged ones.
+
+    Raises: CheckpointError if there is none, or it is not complete.
+    """
+    if name in STAGES:
+        return newest_of(getattr(RunFolder(run_dir), name), note)
+    path = storage.absolute(name).rstrip("/")
+    if (problem := problem_with(path)) is not None:
+        raise CheckpointError(f"checkpoint={name}: {problem}. Name {', '.join(STAGES)}, or a complete step_ folder.")
+    return Checkpoint(path)
+
+
+def tokenizer_of(run_dir: str, checkpoint: str) -> str:
+    """Return the run directory's tokenizer folder, or if it has none that of the checkpoint's run directory."""
+    own, beside = RunFolder(run_dir).tokenizer, storage.join(checkpoint.rsplit("/", 3)[0], "tokenizer")
+    has_none = not storage.exists(storage.join(own, "tokenizer.json"))
+    return beside if has_none and storage.exists(storage.join(beside, "tokenizer.json")) else own
 
 
 class CheckpointWriter:

@@ -12,7 +12,7 @@ import gc
 import itertools
 import math
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import storage
+from nanochat.config import generation
 from nanochat.config.training import TrainingConfig
 from nanochat.data.row_order import RowReader
 from nanochat.data.token_shards import TokenShards
@@ -81,6 +82,7 @@ class TrainingLoop(Generic[Config]):
 
     updates_before = 0
     """Updates that the optimiser's state has seen before step 0."""
+    generation: Mapping[str, float] = generation.BASE  # how the model is sampled where nobody says otherwise
 
     def __init__(
         self,
@@ -368,6 +370,7 @@ class TrainingLoop(Generic[Config]):
             "updates": self.updates_before + step,
             "document_masking": self.document_masking,
             "stage": self.stage_state(),
+            "generation": dict(self.generation),
             "loop": {"val_bpb": self.val_bpb, "training_s": self.clock.training_s},
         }
         self.writer.save(step, self.optimizer.parameters, self.optimizer.state_tensors(), state)

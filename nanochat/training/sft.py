@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nanochat.config import generation
 from nanochat.config.model import ModelConfig
 from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation, exchange, supervised
@@ -101,6 +102,8 @@ def finetune(config: SftConfig, run: RunContext, inputs: SftInputs) -> Checkpoin
 
 class FineTuning(TrainingLoop[SftConfig]):
     """From a base checkpoint, what the assistant says as targets."""
+
+    generation = generation.CHAT
 
     def __init__(self, config: SftConfig, run: RunContext, inputs: SftInputs) -> None:
         resolved = resolve_sft(config, inputs.base, inputs.shards.rows("train"))

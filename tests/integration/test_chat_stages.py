@@ -56,12 +56,12 @@ def run_dir(tiny_run, tmp_path_factory) -> Path:
 @pytest.fixture
 def finetune(ray_session, run_dir):
     """Fine-tune on Ray into a folder and return its checkpoint."""
-    from nanochat.cluster.jobs import newest_of
     from nanochat.cluster.session import ray_context
     from nanochat.cluster.trainer import sft_worker, train_on_ray
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.tasks.mixture import MixtureSource, load_mixture
     from nanochat.tasks.mixture_shards import write_mixture_shards
+    from nanochat.training.checkpoint import newest_of
     from nanochat.training.sft import resolve_sft
 
     def train(folder, kills=None, marks=None, **changes):
@@ -156,9 +156,9 @@ def write_bundle(folder: Path) -> str:
 
 
 def test_neither_actors_nor_their_deaths_change_a_score(ray_session, run_dir, tmp_path, monkeypatch):
-    from nanochat.cluster.jobs import newest_of
     from nanochat.cluster.session import actor_map
     from nanochat.evaluation import evaluate as stage
+    from nanochat.training.checkpoint import newest_of
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(stage, "PROBLEMS_OF_ITEM", 20)

@@ -1,0 +1,104 @@
+"""What every request passes first: an id, the key, a line in the log. Plain ASGI, so streams pass untouched."""
+
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat import storage
+from nanochat.config.serving import ServingConfig
+from nanochat.errors import ConfigError
+from nanochat.serving.errors import ApiError
+from nanochat.serving.metrics import Metrics
+
+KEYS_VARIABLE = "NANOCHAT_API_KEYS"
+OPEN_PATHS = ("/", "/health", "/ready", "/version")
+"""What is answered without a key."""
+_GIVEN_ID = re.compile(r"[\w.:-]{1,128}")
+log = logging.getLogger("nanochat.serving")
+
+
+def api_keys(config: ServingConfig) -> list[bytes]:
+    """Return the keys of the file, or of the environment.
+
+    Raises: ConfigError if others than this machine can reach the endpoint and there are none.
+    """
+    if config.api_keys_file is not None:
+        try:
+            with storage.open_read(config.api_keys_file) as file:
+                lines = file.read().decode().splitlines()
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(f"api_keys_file={config.api_keys_file}: cannot be read ({err}). Name another.") from err
+    else:
+        lines = os.environ.get(KEYS_VARIABLE, "").split(",")
+    keys = [line.strip().encode() for line in lines if line.strip()]
+    if not keys and (config.api_keys_file is not None or not config.is_loopback):
+        raise ConfigError(
+            f"host={config.host}: others could reach the endpoint without a key. Put one into --api-keys-file, or "
+            f"set {KEYS_VARIABLE}."
+        )
+    return keys
+
+
+class Gate:
+    """ASGI middleware: `X-Request-Id`, authorisation, one JSON line for each response."""
+
+    def __init__(self, app: ASGIApp, keys: list[bytes], metrics: Metrics) -> None:
+        self.app, self.keys, self.metrics = app, keys, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began_s = time.monotonic()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        id = given if _GIVEN_ID.fullmatch(given) else secrets.token_hex(16)
+        facts: dict[str, Any] = {}
+        scope["state"] = {**scope.get("state", {}), "request_id": id, "facts": facts}
+        root = scope.get("root_path", "")
+        path = scope["path"].removeprefix(root) if root else scope["path"]
+        if len(path) > 1 and path.endswith("/"):
+            path = path.rstrip("/") or "/"
+            scope["path"] = root + path
+        status = 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", id.encode())]
+            await send(message)
+
+        try:
+            if self.keys and not self._may_pass(scope["method"], path, headers):
+                err = ApiError(
+                    401, "a valid API key is needed, as `Authorization: Bearer KEY`.", code="invalid_api_key"
+                )
+                await JSONResponse(err.body, err.status, err.headers)(scope, receive, send_on)
+            else:
+                await self.app(scope, receive, send_on)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.responses.labels(route, str(status or 499)).inc()
+            if path.startswith("/v1") or status >= 400:
+                elapsed_s = round(time.monotonic() - began_s, 4)
+                line = {"time": round(time.time(), 3), "request_id": id, "method": scope["method"], "path": path}
+                line |= {"status": status or 499, "elapsed_s": elapsed_s, **facts}
+                log.info(json.dumps(line, ensure_ascii=False))
+
+    def _may_pass(self, method: str, path: str, headers: dict[bytes, bytes]) -> bool:
+        if path in OPEN_PATHS or method == "OPTIONS":
+            return True
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        # All keys are compared, each in constant time.
+        matches = [hmac.compare_digest(key.strip(), known) for known in self.keys]
+        return kind.lower() == b"bearer" and any(matches)

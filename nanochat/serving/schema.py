@@ -1,0 +1,229 @@
+"""Bodies of OpenAI's API, checked, to what an engine is asked.
+
+Unknown fields are ignored, as clients send many; known fields that nothing here acts on are refused. Sampling
+parameters that OpenAI does not have are vLLM's, and so are `return_token_ids` and the ids in answers.
+`continue_token_ids` is ours.
+
+Sources: OpenAI's API reference (chat, completions); vLLM docs, "OpenAI-Compatible Server".
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.inference.engine import Request
+from nanochat.serving.backend import ServedModel
+from nanochat.serving.errors import ApiError, refused
+
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's, of /v1/completions."""
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Id = Annotated[int, Field(ge=0, lt=1 << 32)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    """What a stream has beside the answer."""
+
+    include_usage: bool | None = None
+
+
+class SamplingBody(_Body):
+    """What chats and completions have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Id], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    return_token_ids: bool | None = None
+    continue_token_ids: list[Id] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ChatBody(SamplingBody):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Any]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_parts: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+
+    def check(self) -> None:
+        """Raises: ApiError for what is not here."""
+        if self.tools or self.functions:
+            name = "tools" if self.tools else "functions"
+            raise refused(name, "are not called by these models; they have a calculator of their own. Leave it out.")
+        if self.tool_choice not in (None, "none", "auto") or self.function_call not in (None, "none", "auto"):
+            name = "function_call" if self.tool_choice in (None, "none", "auto") else "tool_choice"
+            raise refused(name, "there are no tools to choose. Leave it out.")
+        if self.response_format not in (None, {"type": "text"}):
+            raise refused("response_format", 'must be {"type": "text"}: answers cannot be bound to a format here.')
+        if self.modalities not in (None, ["text"]) or self.audio is not None:
+            raise refused("audio" if self.audio is not None else "modalities", "text is all that there is.")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs", "needs logprobs to be true.")
+        if self.max_tokens == 0:
+            raise refused("max_tokens", "must be at least 1.")
+
+
+class CompletionBody(SamplingBody):
+    """The body of /v1/completions."""
+
+    prompt: str | list[Any]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    def check(self) -> None:
+        """Raises: ApiError for what is not here."""
+        if self.suffix:
+            raise refused("suffix", "is not supported: these models continue a text at its end. Leave it out.")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise refused("best_of", "must be equal to n. Leave it out.")
+        if self.max_tokens == 0 and not self.echo:
+            raise refused("max_tokens", "must be at least 1, or 0 with echo.")
+
+
+class TokenizeBody(_Body):
+    """The body of /tokenize."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(_Body):
+    """The body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[Id]
+
+
+Kind = Literal["chat", "completion"]
+
+
+def requests_of(
+    body: SamplingBody, model: ServedModel, prompts: Sequence[Sequence[int]], *, logprobs: int | None = None,
+    prompt_logprobs: int | None = None, default_tokens: int | None = None,
+) -> list[Request]:  # fmt: skip
+    """Return what the engine is asked: n requests for each prompt, in order; choice i of a prompt has seed + i.
+
+    `max_tokens` is a limit: where the context has less room, that is the limit. `default_tokens`: where a body has
+    none; none = as many as there is room for. Raises: ApiError if a prompt is too long, or a value breaks a rule.
+    """
+    tokenizer, defaults = model.tokenizer, model.defaults
+    ends = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
+    begun = tuple(body.continue_token_ids or ())
+    asked = getattr(body, "max_completion_tokens", None) or body.max_tokens
+    asked = default_tokens if asked is None else max(1, asked)
+    bias = _bias(body, tokenizer)
+    stop_ids = [_checked(id, "stop_token_ids", tokenizer) for id in body.stop_token_ids or ()]
+    stop_tokens = frozenset(stop_ids) | (frozenset() if body.ignore_eos else frozenset(ends))
+    if begun:
+        if (body.n or 1) * len(prompts) > 1:
+            raise refused("continue_token_ids", "goes on with one answer to one prompt. Set n to 1.")
+        check_answer(tokenizer, begun, stop_tokens)
+    seed = secrets.randbits(48) if body.seed is None else body.seed
+    values: dict[str, Any] = {
+        name: defaults.get(name, default) if getattr(body, name) is None else getattr(body, name)
+        for name, default in (
+            ("temperature", 1.0), ("top_p", 1.0), ("top_k", None), ("min_p", 0.0), ("repetition_penalty", 1.0),
+            ("presence_penalty", 0.0), ("frequency_penalty", 0.0),
+        )
+    }  # fmt: skip
+    values["top_k"] = int(values["top_k"]) if (values["top_k"] or 0) > 0 else None
+    requests = []
+    for prompt in prompts:
+        room = model.capacity - len(prompt)
+        if room < 1:
+            raise ApiError(
+                400, f"the prompt has {len(prompt)} tokens; this model reads {model.capacity}, answer included. "
+                "Shorten it.", "messages" if hasattr(body, "messages") else "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        limit = room if asked is None else min(asked, room)
+        if len(begun) >= limit:
+            raise refused("continue_token_ids", f"the answer has its {limit} tokens already. Raise max_tokens.")
+        for choice in range(body.n or 1):
+            requests.append(
+                Request(
+                    prompt=(*prompt, *begun), max_new_tokens=limit - len(begun), continued=len(begun),
+                    stop_tokens=stop_tokens, seed=seed + choice, logit_bias=bias, logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs, min_new_tokens=min(body.min_tokens or 0, limit), **values,
+                )
+            )  # fmt: skip
+    return requests
+
+
+def _checked(id: int, param: str, tokenizer: Tokenizer) -> int:
+    if not 0 <= id < tokenizer.vocab_size:
+        raise refused(param, f"{id} is no id of this model's {tokenizer.vocab_size} tokens.")
+    return id
+
+
+def _bias(body: SamplingBody, tokenizer: Tokenizer) -> dict[int, float]:
+    """Return the bias by id; -100 bans a token, as OpenAI says."""
+    bias: dict[int, float] = {}
+    for key, value in (body.logit_bias or {}).items():
+        if not (key.isascii() and key.isdigit() and len(key) < 12):
+            raise refused("logit_bias", "keys must be token ids written as strings.")
+        bias[_checked(int(key), "logit_bias", tokenizer)] = -math.inf if value == -100 else value
+    return bias
+
+
+def check_answer(tokenizer: Tokenizer, ids: Sequence[int], ends: frozenset[int]) -> None:
+    """Raises: ApiError if ids cannot be the beginning of an answer that goes on."""
+    names = ("<|python_end|>", "<|output_start|>", "<|output_end|>")
+    called, output, told = (tokenizer.special(name) for name in names)
+    param = "continue_token_ids"
+    inside = False
+    for before, id in zip([-1, *ids], ids):
+        _checked(id, param, tokenizer)
+        if id in ends:
+            raise refused(param, f"{id} is an end token: the answer is complete.")
+        if (before == called) != (id == output) or (id == told and not inside):
+            raise refused(param, "a call and the tool's output must follow each other, as they were sent.")
+        if inside and id >= tokenizer.bos and id != told:
+            raise refused(param, f"{id} cannot stand in a tool's output.")
+        inside = (inside or id == output) and id != told
+    if inside or ids[-1] == called:
+        raise refused(param, "must not end inside a tool's output. Send the ids as whole as they came.")

@@ -1,0 +1,154 @@
+"""Requests reach the engine's thread and come back, whatever becomes of others; nobody waits for a dead engine."""
+
+import asyncio
+import random
+from contextlib import aclosing
+
+import pytest
+import torch
+
+from nanochat.config.model import ModelConfig
+from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
+from nanochat.errors import ConfigError
+from nanochat.inference.engine import Engine, Event, Request, complete
+from nanochat.model.gpt import GPT
+from nanochat.serving.backend import BackendDeadError, Hosted, NativeBackend, ServedModel
+
+TOKENIZER = Tokenizer([], SPLIT_PATTERNS["nanochat"])
+
+
+def random_model(seed: int) -> GPT:
+    config = ModelConfig(
+        sequence_len=128, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16
+    )  # fmt: skip
+    model = GPT(config)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=draw).mul_(0.5)
+    return model
+
+
+def hosted(name: str, engine: Engine, source=None) -> Hosted:
+    return Hosted(ServedModel(name, TOKENIZER, True, engine.capacity, 0, name), engine, source or engine)
+
+
+@pytest.fixture
+def engines():
+    return {name: Engine(random_model(seed), max_running=4) for seed, name in enumerate(("one", "two"))}
+
+
+@pytest.fixture
+def backend(engines):
+    opened = NativeBackend([hosted(name, engine) for name, engine in engines.items()])
+    yield opened
+    opened.close()
+
+
+def request(prompt: str = "hello", **changes) -> Request:
+    values = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3} | changes
+    return Request(prompt=tuple(prompt.encode()), **values)
+
+
+async def tokens_of(backend: NativeBackend, model: str, wanted: Request) -> list[int]:
+    async with aclosing(backend.generate(model, wanted)) as batches:
+        return [event.token async for events in batches for event in events]
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_both_models_answer_at_once_as_each_does_alone(backend):
+    async def run():
+        wanted = [request(f"{number}", seed=number) for number in range(12)]
+        names = ["one", "two"] * 6
+        return await asyncio.gather(*(tokens_of(backend, name, one) for name, one in zip(names, wanted)))
+
+    answers = asyncio.run(run())
+    for number, tokens in enumerate(answers):
+        alone = Engine(random_model(number % 2))
+        assert tokens == complete(alone, [request(f"{number}", seed=number)])[0].tokens
+
+
+def test_a_request_that_cannot_be_served_fails_alone(backend):
+    async def run():
+        good = asyncio.create_task(tokens_of(backend, "one", request()))
+        for bad in (request(max_new_tokens=1000), request(logit_bias={999_999: 1.0}), request("")):
+            with pytest.raises(ConfigError):
+                await tokens_of(backend, "one", bad)
+        return await good
+
+    assert len(asyncio.run(run())) == 20
+    assert backend.is_healthy
+
+
+def test_who_leaves_at_any_moment_leaves_nothing_behind(backend, engines):
+    draw = random.Random(0)
+    size = backend.load().kv_tokens
+
+    async def leave():
+        try:
+            async with asyncio.timeout(draw.random() * 0.05):
+                await tokens_of(backend, draw.choice(["one", "two"]), request(max_new_tokens=100))
+        except TimeoutError:
+            return 1
+        return 0
+
+    async def run():
+        left = sum(await asyncio.gather(*(leave() for _ in range(100))))
+        await until(lambda: backend.load().running == backend.load().waiting == 0)
+        return left
+
+    assert asyncio.run(run()) > 50
+    load = backend.load()
+    assert (load.kv_tokens, load.kv_tokens_free) == (size, size)
+    assert all(not one.mailboxes for one in backend._hosted.values())
+    assert not backend._ids
+
+
+def test_when_the_engine_dies_all_who_wait_hear_of_it_at_once_and_so_does_who_comes_later():
+    engine = Engine(random_model(0), max_running=2)
+
+    class Dying:
+        steps = 0
+
+        def add(self, wanted: Request) -> int:
+            return engine.add(wanted)
+
+        def abort(self, id: int) -> None:
+            engine.abort(id)
+
+        def step(self) -> list[Event]:
+            self.steps += 1
+            if self.steps == 5:
+                raise RuntimeError("CUDA error: an illegal memory access")
+            return engine.step()
+
+    backend = NativeBackend([hosted("one", engine, Dying())])
+
+    async def run():
+        waiting = [asyncio.create_task(tokens_of(backend, "one", request(seed=n))) for n in range(5)]
+        async with asyncio.timeout(5):
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(end, BackendDeadError) for end in ends)
+            assert "illegal memory access" in str(ends[0])
+            with pytest.raises(BackendDeadError):
+                await tokens_of(backend, "one", request())
+
+    asyncio.run(run())
+    assert not backend.is_healthy
+    backend.close()
+
+
+def test_closing_ends_who_still_waits(backend):
+    async def run():
+        waiting = asyncio.create_task(tokens_of(backend, "one", request(max_new_tokens=120)))
+        await until(lambda: backend.load().running)
+        await asyncio.to_thread(backend.close)
+        with pytest.raises(BackendDeadError):
+            await waiting
+
+    asyncio.run(run())
