@@ -1,4 +1,4 @@
-"""Measure training, packing, streaming and CORE scoring on this machine; prints a table and writes JSON."""
+"""Measure training, data, scoring, the engine and the endpoint on this machine; prints a table and writes JSON."""
 
 import sys
 import time
@@ -17,9 +17,10 @@ from nanochat.config.cluster import ClusterConfig
 class BenchmarkConfig:
     """One benchmark on this machine."""
 
-    what: Annotated[Literal["train", "pack", "stream", "core"], tyro.conf.Positional]
+    what: Annotated[Literal["train", "pack", "stream", "core", "engine", "serve"], tyro.conf.Positional]
     """train (Ray Train against a plain process), pack (text to token shards), stream (shards into a worker), core (a
-    run directory's base model on few-shot multiple choice, batched against one example at a time)."""
+    run directory's base model on few-shot multiple choice, batched against one example at a time), engine (requests in
+    this process), serve (the same through HTTP and Ray Serve, or what --url names)."""
     json: Path | None = None
     """Write hardware and results here."""
     steps: int = 120
@@ -32,6 +33,22 @@ class BenchmarkConfig:
     """core: folder of the evaluation bundle."""
     max_per_task: int = 32
     """core: examples of each task."""
+    url: str | None = None
+    """serve: measure this endpoint (http://HOST:PORT/v1) instead of one that is started here."""
+    model: str = "pretrain"
+    """serve --url: the model to ask."""
+    api_key: str | None = None
+    """serve --url: the key."""
+    concurrency: tuple[int, ...] = (1, 8, 16, 32)
+    """serve --url: numbers of clients, one after the other."""
+    rates: tuple[float, ...] = ()
+    """serve --url: requests per second that arrive at random, one after the other."""
+    requests: int = 64
+    """serve --url: requests of each level."""
+    first_token_ms: float = 200.0
+    """serve: what goodput asks of the first token."""
+    per_token_ms: float = 50.0
+    """serve: what goodput asks of the following ones."""
 
 
 def benchmark(config: BenchmarkConfig) -> int:
@@ -56,6 +73,10 @@ def benchmark(config: BenchmarkConfig) -> int:
                 raise ConfigError("bundle=None: core needs an evaluation bundle. Give its folder with --bundle.")
             report(flat(measure_core(config.run_dir, config.bundle, config.max_per_task), "core"))
             return
+        if config.what in ("engine", "serve"):
+            with storage.claimed(config.run_dir):
+                report(measure_inference(config))
+            return
         with storage.claimed(config.run_dir), session(cluster, log_path):
             if config.what == "train":
                 results = benchmarks.measure_training(config.run_dir, config.corpus, config.steps, cluster, job_start_s)
@@ -77,6 +98,21 @@ def benchmark(config: BenchmarkConfig) -> int:
             storage.write_json(str(config.json), {"hardware": hardware, "results": results})
 
     return run_job(main, log_path)
+
+
+def measure_inference(config: BenchmarkConfig) -> dict[str, object]:
+    """Measure the engine, an endpoint here, or one elsewhere."""
+    from nanochat.cluster import serving_benchmark
+
+    if config.what == "engine":
+        return serving_benchmark.measure_engine(config.run_dir, config.corpus)
+    if config.url is None:
+        return serving_benchmark.measure_serving(config.run_dir, config.corpus)
+    found = serving_benchmark.measure_url(
+        config.url, config.model, config.api_key, config.concurrency, config.rates, config.requests,
+        config.first_token_ms, config.per_token_ms,
+    )  # fmt: skip
+    return flat(found, "serve")
 
 
 def flat(values: dict[str, Any], prefix: str) -> dict[str, object]:

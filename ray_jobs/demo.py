@@ -1,5 +1,6 @@
-"""The whole line, small: text, tokenizer, shards, a base model, a chat model, scores, pages. Run again, it resumes."""
+"""The whole line, small: text to a base model, a chat model, scores, pages, and an endpoint. Run again, it resumes."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.replicas import ReplicasConfig
+from nanochat.config.serving import ServingConfig
 from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
@@ -37,10 +40,15 @@ class DemoConfig:
     """TOML file that gives the model a character: name, maker, facts, tone; see nanochat/tasks/identity.toml."""
     run_dir: str = "runs/demo"
     """Where everything goes."""
+    port: int = 0
+    """Port of the chat page; 0 = 8000, or any where that is taken."""
 
 
 def demo(config: DemoConfig) -> int:
-    """Train a tokenizer, a small base model and a chat model on this machine, score them and show them."""
+    """Train a tokenizer, a small base model and a chat model on this machine, score them, show and serve them.
+
+    It serves until Ctrl-C; where the variable CI is set, until one answer has come.
+    """
     set_ray_environment()
     from nanochat.cluster.terminal import run_job
 
@@ -69,7 +77,12 @@ def _run(config: DemoConfig, log_path: str) -> None:
             evaluate_models(config.run_dir, evaluation, cluster, terminal)
     terminal.line(f"report     {write_report(config.run_dir)}")
     terminal.line(f"walk       {write_walk(config.run_dir)}")
-    terminal.line(f"done in {(time.monotonic() - start_s) / 60:.1f} minutes")
+    terminal.line(f"done in {(time.monotonic() - start_s) / 60:.1f} minutes; now it is served")
+    from nanochat.cluster.endpoint_session import free_or_any, run_endpoint
+
+    serving = ServingConfig(run_dir=config.run_dir, models=("sft", "pretrain"), port=config.port or free_or_any(8000))
+    replicas = ReplicasConfig(replica_cpus=1)
+    run_endpoint(serving, replicas, cluster, log_path, terminal, is_check=bool(os.environ.get("CI")))
 
 
 def demo_pretraining(config: DemoConfig) -> PretrainConfig:

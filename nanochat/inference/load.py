@@ -32,7 +32,7 @@ def load_model(
     hardware = choose_hardware(TrainingConfig(dtype=dtype), run)
     model = GPT(ModelConfig(**state["model"]), hardware.dtype)
     load_parameters(model, checkpoint.model_tensors(), checkpoint.folder)
-    return model.to(hardware.device, hardware.dtype).eval()
+    return model.to(hardware.device, hardware.dtype).prepare_for_inference()
 
 
 def inference_copy(model: GPT) -> GPT:
@@ -44,4 +44,4 @@ def inference_copy(model: GPT) -> GPT:
     with torch.no_grad():
         for target, source in zip(copy.parameters(), model.parameters(), strict=True):
             target.copy_(source)
-    return copy.eval()
+    return copy.prepare_for_inference()

@@ -34,7 +34,7 @@ class Metrics:
             "vllm:time_to_first_token_seconds", "Until the first token", buckets=FIRST_TOKEN_S, **label
         )
         self.per_token = Histogram(
-            "vllm:time_per_output_token_seconds", "From token to token", buckets=TOKEN_S, **label
+            "vllm:request_time_per_output_token_seconds", "From token to token, by answer", buckets=TOKEN_S, **label
         )
         self.latency = Histogram("vllm:e2e_request_latency_seconds", "Until the last token", buckets=REQUEST_S, **label)
         self.responses = Counter(

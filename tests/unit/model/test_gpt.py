@@ -363,3 +363,23 @@ def test_compiled_equals_eager(recompute):
     for (name, expected), actual in zip(eager.named_parameters(), compiled.parameters()):
         error = (actual.grad - expected.grad).norm() / expected.grad.norm()
         assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 4}, {"n_kv_head": 1}, {"value_embeddings": False}], ids=str)
+def test_a_model_that_is_laid_out_for_inference_computes_the_same(changes):
+    """Fused in float32 to rounding, and packed in bfloat16 as near to float32 as the model that is not."""
+    tokens_BT = some_tokens()
+    model = random_model(tiny_config(**changes))
+    expected = logits_of(model, tokens_BT)
+    names = dict(model.named_parameters()).keys()
+    half = random_model(model.config, dtype=torch.bfloat16).to(torch.bfloat16)
+    plain_error = np.abs(logits_of(half, tokens_BT) - expected).max()
+    assert np.abs(logits_of(model.prepare_for_inference(), tokens_BT) - expected).max() < 3e-5, "logits of about 10"
+    assert dict(model.named_parameters()).keys() == names
+    packed = half.prepare_for_inference()
+    assert packed.lm_head.packed is not None
+    assert packed.blocks[0].attn.c_qkv.packed is not None
+    assert np.abs(logits_of(packed, tokens_BT) - expected).max() < 2 * plain_error
+    query = model.blocks[0].attn.c_q.weight
+    query.data.zero_()
+    assert (model.blocks[0].attn.c_qkv.weight[: len(query)] == 0).all(), "no second copy that could grow old"

@@ -1,0 +1,198 @@
+"""The endpoint for the time of a block: Ray joined or started, Serve with its proxy, the models ready; then drained."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from nanochat import storage
+from nanochat.cluster.ingress import free_ports, haproxy_environment, has_haproxy, private_folder, serve_environment
+from nanochat.cluster.terminal import Terminal, on_interrupt
+from nanochat.config.cluster import ClusterConfig
+from nanochat.config.replicas import ReplicasConfig
+from nanochat.config.serving import ServingConfig
+from nanochat.errors import ClusterError, ConfigError
+
+APPLICATION = "nanochat"
+REACHABLE_S = 60.0
+
+
+@contextlib.contextmanager
+def endpoint_session(
+    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, log_path: str, terminal: Terminal
+) -> Iterator[str]:
+    """Serve models for the time of the block and yield the endpoint's address; leaving it lets streams finish.
+
+    Raises: ConfigError if the address cannot be listened on; CheckpointError if there is no such model; ClusterError if
+    no replica starts.
+    """
+    serving = pinned(check_address(serving), terminal.line)
+    terminal.line(f"models     {', '.join(serving.models)}")
+    with serve_session(serving, replicas, cluster, log_path) as address:
+        from nanochat.cluster.deployments import deploy, end
+
+        began_s = time.monotonic()
+        deploy(APPLICATION, "/", serving, replicas)
+        if replicas.min_replicas:
+            wait_until_ready(address)
+        terminal.line(f"ready      after {time.monotonic() - began_s:.1f} s")
+        try:
+            yield address
+        finally:
+            end(APPLICATION)
+
+
+def run_endpoint(
+    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, log_path: str, terminal: Terminal,
+    is_check: bool = False,
+) -> None:  # fmt: skip
+    """Serve until Ctrl-C, which lets running answers finish; with `is_check` only until one answer has come.
+
+    Raises: as `endpoint_session`; KeyboardInterrupt at a second Ctrl-C.
+    """
+    asked: list[bool] = []
+
+    def stop() -> None:
+        asked.append(True)
+        terminal.line("ending when the running answers have; press Ctrl-C again to leave at once")
+
+    with endpoint_session(serving, replicas, cluster, log_path, terminal) as address, on_interrupt(stop):
+        terminal.line(f"page       {address}/")
+        terminal.line(f"API        {address}/v1")
+        name = serving.models[0].partition("=")[0]
+        terminal.line(curl_line(address, {"id": name}, not serving.is_loopback))
+        if is_check:
+            terminal.line(f"answer     {one_answer(address, name)}")
+            return
+        terminal.line("Ctrl-C ends it")
+        while not asked:
+            time.sleep(0.2)
+
+
+def one_answer(address: str, model: str) -> str:
+    """Return what a chat model says to 'Who are you?'. Raises: ClusterError if it does not answer."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 64})
+    request = urllib.request.Request(f"{address}/v1/chat/completions", body.encode())
+    try:
+        with urllib.request.urlopen(request, timeout=REACHABLE_S) as answer:
+            return json.load(answer)["choices"][0]["message"]["content"]
+    except (urllib.error.URLError, OSError) as err:
+        raise ClusterError(f"{address}: gives no answer ({err}). Look into Ray's log for why.") from err
+
+
+@contextlib.contextmanager
+def serve_session(
+    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, log_path: str
+) -> Iterator[str]:
+    """Join or start Ray, and Serve with one proxy, for the time of the block; yield the proxy's address.
+
+    In a joined cluster the proxy is what the cluster's own environment says; in an own one HAProxy, where there is one.
+    """
+    set_serve_environment()
+    is_joined = cluster.address is not None or "RAY_ADDRESS" in os.environ
+    folder = private_folder() if replicas.haproxy and has_haproxy() and not is_joined else None
+    if folder is not None:
+        os.environ.update(haproxy_environment(folder, serving, replicas))
+    try:
+        from nanochat.cluster.session import session
+
+        with session(cluster, log_path):
+            from ray import serve
+
+            logging.getLogger("ray.serve").handlers[:] = logging.getLogger("ray").handlers
+            serve.start(proxy_location="HeadOnly", http_options={"host": serving.host, "port": serving.port})
+            try:
+                yield address_of(serving)
+            finally:
+                serve.shutdown()
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_serve_environment() -> None:
+    """Set what Serve reads from the environment and the user has not set; ray.serve reads it at its import."""
+    for name, value in serve_environment().items():
+        os.environ.setdefault(name, value)
+
+
+def pinned(serving: ServingConfig, note: Callable[[str], None]) -> ServingConfig:
+    """Return a config that names each model's checkpoint, so that all replicas load the same, from anywhere.
+
+    Raises: CheckpointError if there is none.
+    """
+    from nanochat.training.checkpoint import named_checkpoint
+
+    models = []
+    for model in serving.models:
+        name, _, folder = model.partition("=")
+        models.append(f"{name}={named_checkpoint(serving.run_dir, folder or name, note).folder}")
+    keys = serving.api_keys_file and storage.absolute(serving.api_keys_file)
+    return replace(serving, run_dir=storage.absolute(serving.run_dir), models=tuple(models), api_keys_file=keys)
+
+
+def check_address(serving: ServingConfig) -> ServingConfig:
+    """Return a config whose port is known and free. Raises: ConfigError if it is taken, or open to all without keys."""
+    from nanochat.serving.gate import api_keys
+
+    api_keys(serving)
+    if serving.port == 0:
+        return replace(serving, port=free_ports(1)[0])
+    try:
+        family, kind, *_, place = socket.getaddrinfo(serving.host, serving.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as err:
+        raise ConfigError(
+            f"port={serving.port}: cannot be listened on at {serving.host} ({err.strerror}). Name another with --port."
+        ) from err
+    return serving
+
+
+def free_or_any(port: int) -> int:
+    """Return a port of loopback if it is free, else 0: any."""
+    try:
+        return check_address(ServingConfig(port=port)).port
+    except ConfigError:
+        return 0
+
+
+def address_of(serving: ServingConfig) -> str:
+    """Return how this machine reaches the endpoint."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serving.host, serving.host)
+    return f"http://[{host}]:{serving.port}" if ":" in host else f"http://{host}:{serving.port}"
+
+
+def wait_until_ready(address: str, timeout_s: float = REACHABLE_S) -> None:
+    """Return once /ready answers 200. Raises: ClusterError if it does not in time."""
+    deadline_s = time.monotonic() + timeout_s
+    said: object = "nothing"
+    while time.monotonic() < deadline_s:
+        try:
+            with urllib.request.urlopen(f"{address}/ready", timeout=5) as answer:
+                answer.read()
+                return
+        except (urllib.error.URLError, OSError) as err:
+            said = err
+            time.sleep(0.1)
+    raise ClusterError(f"{address}: is not ready after {timeout_s:g} s ({said}). Look into Ray's log for why.")
+
+
+def curl_line(address: str, model: dict[str, Any], has_keys: bool) -> str:
+    """Return a command that asks a model, as /v1/models describes it, something."""
+    if model.get("kind") == "base":
+        path, body = "completions", {"prompt": "The", "max_tokens": 32}
+    else:
+        path, body = "chat/completions", {"messages": [{"role": "user", "content": "Who are you?"}]}
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_keys else ""
+    text = json.dumps({"model": model["id"], **body, "stream": True})
+    return f"curl -N {address}/v1/{path} -H 'Content-Type: application/json'{key} -d '{text}'"

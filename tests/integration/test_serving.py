@@ -1,0 +1,177 @@
+"""The endpoint on Ray Serve with a tiny real model: one replica, the proxy before it, a stream, and its end."""
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from serving_client import note, replica_pids, run, serving_ray, stream
+from tiny_chat_run import write_tiny_chat_run
+
+from nanochat.config.replicas import ReplicasConfig
+from nanochat.errors import ClusterError
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+
+CHAT = "/v1/chat/completions"
+HELLO = {"model": "sft", "messages": [{"role": "user", "content": "Hello"}], "return_token_ids": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """The address of one replica."""
+    folder = write_tiny_chat_run(tmp_path_factory.mktemp("run"))
+    with serving_ray(tmp_path_factory, run_dir=str(folder), models=("sft",), dtype="float32") as (address, serving):
+        from nanochat.cluster.deployments import deploy, pinned
+        from nanochat.cluster.endpoint_session import wait_until_ready
+
+        deploy("nanochat", "/", pinned(serving, note), ReplicasConfig(replica_cpus=0.5))
+        wait_until_ready(address)
+        yield address, serving
+
+
+def get(address: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as err:
+        return err.code, err.read().decode()
+
+
+def test_a_chat_answer_is_streamed_and_the_rest_is_there(endpoint):
+    address, _ = endpoint
+    named = {"X-Request-Id": "mine"}
+    outcome = run(lambda session: stream(session, address, HELLO | {"max_tokens": 24}, headers=named, path=CHAT))
+    assert outcome.is_complete, outcome
+    assert 1 <= len(outcome.tokens) <= 24
+    assert outcome.headers["Content-Type"].startswith("text/event-stream")
+    assert outcome.headers["X-Request-Id"] == "mine"
+    assert get(f"{address}/health")[0] == get(f"{address}/ready")[0] == 200
+    status, models = get(f"{address}/v1/models")
+    assert status == 200
+    assert '"sft"' in models
+    status, wrong = get(f"{address}/v1/nothing")
+    assert status == 404
+    assert '"error"' in wrong
+
+
+def test_a_client_that_hangs_up_leaves_nothing_running(endpoint):
+    address, _ = endpoint
+
+    async def main(session):
+        await stream(session, address, HELLO | {"max_tokens": 200}, path=CHAT, hang_up_after=2)
+        for _ in range(40):
+            _, text = await asyncio.to_thread(get, f"{address}/metrics")
+            running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+            if running and all(float(line.split()[-1]) == 0 for line in running):
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+    assert run(main)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy is there on Linux")
+def test_the_proxy_is_private_to_this_user_and_on_loopback(endpoint):
+    program = Path(os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    assert stat.S_IMODE(program.parent.stat().st_mode) == 0o700
+    (socket_path,) = program.parent.glob("*/admin.sock")
+    assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
+    mine = [
+        one for one in psutil.process_iter(["cmdline"]) if str(program.parent) in " ".join(one.info["cmdline"] or [])
+    ]
+    listening = {
+        place.laddr.ip for one in mine for place in one.net_connections(kind="inet") if place.status == "LISTEN"
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_one_line(endpoint):
+    from nanochat.cluster.deployments import deploy
+
+    _, serving = endpoint
+    broken = replace(serving, models=("sft=/nowhere",))
+    with pytest.raises(ClusterError, match=r"no replica could start.*nowhere"):
+        deploy("broken", "/broken", broken, ReplicasConfig(replica_cpus=0.1))
+    from ray import serve
+
+    serve.delete("broken")
+
+
+def test_too_small_a_cluster_is_said_before_anything_is_deployed(endpoint):
+    from nanochat.cluster.deployments import deploy
+
+    _, serving = endpoint
+    with pytest.raises(ClusterError, match="replica_cpus=100: 1 replicas need more"):
+        deploy("big", "/big", serving, ReplicasConfig(replica_cpus=100))
+
+
+@pytest.mark.slow
+def test_a_cut_answer_goes_on_exactly_after_its_replica_was_killed(endpoint):
+    address, _ = endpoint
+    body = HELLO | {"max_tokens": 120, "ignore_eos": True, "temperature": 1.0, "seed": 5}
+    whole = run(lambda session: stream(session, address, body, path=CHAT))
+    assert whole.is_complete
+    (pid,) = replica_pids().values()
+
+    async def cut(session):
+        task = asyncio.create_task(stream(session, address, body, path=CHAT))
+        await asyncio.sleep(whole.all_s / 3)
+        os.kill(pid, signal.SIGKILL)
+        return await task
+
+    first = run(cut)
+    assert first.error
+    assert 0 < len(first.tokens) < 120
+    assert first.tokens == whole.tokens[: len(first.tokens)]
+    began_s = time.monotonic()
+    rest = run(lambda session: stream(session, address, body | {"continue_token_ids": first.tokens}, path=CHAT))
+    note(f"cut after {len(first.tokens)} tokens, went on {time.monotonic() - began_s:.1f} s later")
+    assert rest.is_complete
+    assert first.tokens + rest.tokens == whole.tokens
+    assert first.text + rest.text == whole.text
+
+
+@pytest.mark.slow
+def test_the_job_serves_until_ctrl_c_and_lets_an_answer_finish(tmp_path):
+    from nanochat.cluster.ingress import free_ports
+
+    folder, (port,) = write_tiny_chat_run(tmp_path / "run", sequence_len=1024), free_ports(1)
+    command = [sys.executable, "ray_jobs/serve.py", "--run-dir", str(folder), "--port", str(port), "--dtype", "float32"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        lines = []
+        while not lines or not lines[-1].startswith("curl"):
+            line = job.stderr.readline()
+            assert line, lines
+            lines.append(line)
+        address = f"http://127.0.0.1:{port}"
+        assert f"page       {address}/\n" in lines
+
+        async def main(session):
+            body = HELLO | {"max_tokens": 800, "ignore_eos": True}
+            task = asyncio.create_task(stream(session, address, body, path=CHAT))
+            await asyncio.sleep(0.5)
+            assert not task.done()
+            os.killpg(job.pid, signal.SIGINT)  # as a terminal does: to every process of the job
+            await asyncio.sleep(0.5)
+            ready, _ = await asyncio.to_thread(get, f"{address}/ready")
+            return ready, await task
+
+        ready, outcome = run(main)
+        assert job.wait(60) == 0
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert ready == 503
+    assert outcome.is_complete
+    assert len(outcome.tokens) == 800
