@@ -31,7 +31,7 @@ from nanochat.training.plan import resolve
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 CONCURRENCY = (1, 8, 16, 32)
-ROUNDS = 3
+ROUNDS, SERVING_ROUNDS = 3, 7
 PREFIX_TOKENS = 400
 LONG_PROMPT_TOKENS, LONG_PROMPT_STEPS = 480, 40
 
@@ -75,44 +75,40 @@ def measure_serving(run_dir: str, corpus: str, port: int = 0) -> dict[str, Any]:
 
     cluster, replicas = ClusterConfig(), ReplicasConfig(replica_cpus=1)
     serving = check_address(ServingConfig(run_dir=run_dir, models=("pretrain",), port=port))
-    engine = measure_first_token_and_speed(run_dir, corpus)
     log_path = RunFolder(run_dir).ray_log
+    with session(ClusterConfig(), log_path):
+        fixed_checkpoint(run_dir, corpus)
+    model = _model(run_dir)
+    engine, limits = Engine(model, max_running=1), {"first_token_ms": 1000.0, "per_token_ms": 50.0}
+    speeds: dict[str, list[float]] = {"engine": [], "serve": []}
+    waits_ms: dict[str, list[float]] = {"engine": [], "serve": []}
     with serve_session(serving, replicas, cluster, log_path) as address:
         deploy("benchmark", "/", pinned(serving, print), replicas)
         wait_until_ready(address)
         url = f"{address}/v1/completions"
-        limits = {"first_token_ms": 1000.0, "per_token_ms": 50.0}
         asyncio.run(load_generator.closed_loop(url, bodies("pretrain", 32, seed=99), 16, None))
-        served = []
-        first_tokens = []
-        for number in range(ROUNDS):
+        _tokens_per_s(model, 16, seed=99)
+        figures: dict[str, Any] = {}
+        for number in range(SERVING_ROUNDS):  # in turn: so both see the same machine
+            speeds["engine"].append(_tokens_per_s(model, 16, seed=number))
             timings = asyncio.run(load_generator.closed_loop(url, bodies("pretrain", 16, seed=number), 16, None))
-            served.append(load_generator.figures(timings, **limits))
+            figures = load_generator.figures(timings, **limits)
+            speeds["serve"].append(figures["tokens_per_s"])
             alone = bodies("pretrain", 8, seed=100 + number, max_tokens=8)
+            waits_ms["engine"] += [1e3 * _first_token_s(engine, body["prompt"]) for body in alone]
             timings = asyncio.run(load_generator.closed_loop(url, alone, 1, None))
-            first_tokens += [1e3 * timing.first_token_s for timing in timings]
+            waits_ms["serve"] += [1e3 * timing.first_token_s for timing in timings]
         end("benchmark")
-    speed = statistics.median(one["tokens_per_s"] for one in served)
+    lost = [1 - serve / engine for engine, serve in zip(speeds["engine"], speeds["serve"], strict=True)]
     return {
-        **{f"engine_{name}": value for name, value in engine.items()},
-        "serve_tokens_per_s_c16": speed,
-        "serve_throughput_lost_c16": 1 - speed / engine["tokens_per_s_c16"],
-        "serve_ttft_ms_p50": statistics.median(first_tokens),
-        "serve_ttft_added_ms": statistics.median(first_tokens) - engine["ttft_ms_p50"],
-        **{f"serve_c16_{name}": value for name, value in served[-1].items()},
+        "engine_tokens_per_s_c16": statistics.median(speeds["engine"]),
+        "serve_tokens_per_s_c16": statistics.median(speeds["serve"]),
+        "serve_throughput_lost_c16": statistics.median(lost),
+        "engine_ttft_ms_p50": statistics.median(waits_ms["engine"]),
+        "serve_ttft_ms_p50": statistics.median(waits_ms["serve"]),
+        "serve_ttft_added_ms": statistics.median(waits_ms["serve"]) - statistics.median(waits_ms["engine"]),
+        **{f"serve_c16_{name}": value for name, value in figures.items()},
     }
-
-
-def measure_first_token_and_speed(run_dir: str, corpus: str) -> dict[str, float]:
-    """Return the engine's own tokens per second at 16 and its time to a first token."""
-    with session(ClusterConfig(), RunFolder(run_dir).ray_log):
-        fixed_checkpoint(run_dir, corpus)
-    model = _model(run_dir)
-    _tokens_per_s(model, 2, seed=9)
-    speeds = [_tokens_per_s(model, 16, seed=number) for number in range(ROUNDS)]
-    engine = Engine(model, max_running=1)
-    waits = [_first_token_s(engine, _prompt(PROMPT_TOKENS, 100 + number)) for number in range(8 * ROUNDS)]
-    return {"tokens_per_s_c16": statistics.median(speeds), "ttft_ms_p50": 1e3 * statistics.median(waits)}
 
 
 def measure_url(

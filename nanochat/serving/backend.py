@@ -8,11 +8,14 @@ engine refuses fails alone; if the thread dies, all that wait fail at once and t
 import asyncio
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import torch
 
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import Tokenizer
@@ -23,6 +26,8 @@ from nanochat.inference.tool_loop import ToolLoop
 from nanochat.run_context import RunContext
 from nanochat.training.checkpoint import named_checkpoint, tokenizer_of
 
+SWITCH_INTERVAL_S = 5e-4
+"""The event loop and the engine's thread share the interpreter; Python's own 5 ms is as long as a step."""
 log = logging.getLogger("nanochat.serving")
 
 
@@ -163,6 +168,10 @@ class NativeBackend:
         Raises: CheckpointError, DataError or TokenizerMismatchError if one cannot be loaded.
         """
         hosted = [_hosted(config, name) for name in config.models]
+        if hosted[0].engine.device.type == "cpu":
+            # A core is left to the event loop and the proxy: products on all of them wait for the slowest.
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         for one in hosted:
             bos = one.model.tokenizer.bos
             complete(one.source, [Request(prompt=(bos,) * 8, max_new_tokens=4)] * 2)

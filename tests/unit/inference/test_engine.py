@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
-from nanochat.inference.engine import Engine, Event, PromptReport, Request, complete, uniform
+from nanochat.inference.engine import CHUNK_TOKENS, Engine, Event, PromptReport, Request, complete, uniform
 from nanochat.inference.paged_cache import PAGE_TOKENS
 from nanochat.inference.tool_loop import MAX_CALLS, NO_RESULT, ToolLoop
 from nanochat.model.gpt import GPT
@@ -138,7 +138,7 @@ def assert_likelihood(actual, token: int, expected_V: torch.Tensor, count: int) 
     assert [value for _, value in actual.likeliest] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 33, 127, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 2, 33, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 300])
 def test_a_prompts_own_logprobs_are_those_of_the_full_forward(length):
     model, prompt = long_model(), prompt_of(length)
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_a_long_prompt_stalls_no_one():
     engine = Engine(model, step_tokens=140)
     talking = engine.add(request([5], max_new_tokens=50, stop_tokens=frozenset()))
     engine.step()
-    long = engine.add(request(prompt_of(390), max_new_tokens=5, stop_tokens=frozenset()))
+    long = engine.add(request(prompt_of(3 * CHUNK_TOKENS + 6), max_new_tokens=5, stop_tokens=frozenset()))
     steps = [[event.id for event in engine.step()] for _ in range(5)]
     assert all(talking in ids for ids in steps)
     assert [long in ids for ids in steps] == [False, False, False, True, True]
@@ -274,23 +274,25 @@ def test_a_long_prompt_stalls_no_one():
 
 def test_chunks_end_at_the_same_places_whatever_the_load(monkeypatch):
     model = long_model()
-    ends = []
+    ends, prompt = [], [39, *prompt_of(349, 99)]
     for company in (0, 20):
         engine, seen = Engine(model), []
         make = engine.cache.batch
 
         def noted(chunks, seen=seen, make=make):
-            seen += [(one.start, len(one.tokens)) for one in chunks if one.tokens[0] == 39 or one.start in (128, 256)]
+            cuts = [(one.start, len(one.tokens)) for one in chunks if len(one.tokens) > 1]
+            tokens = [list(one.tokens) for one in chunks if len(one.tokens) > 1]
+            seen += [cut for cut, one in zip(cuts, tokens) if prompt[cut[0] : sum(cut)] == one]
             return make(chunks)
 
         monkeypatch.setattr(engine.cache, "batch", noted)
         for number in range(company):
             engine.add(request(prompt_of(9 + number, number), max_new_tokens=30, stop_tokens=frozenset()))
-        long = engine.add(request([39, *prompt_of(349, 99)], max_new_tokens=1))
+        long = engine.add(request(prompt, max_new_tokens=1))
         while long not in [event.id for event in engine.step()]:
             pass
-        ends.append([one for one in seen if one[1] > 1 and one in ((0, 128), (128, 128), (256, 94))])
-    assert ends[0] == ends[1] == [(0, 128), (128, 128), (256, 94)]
+        ends.append(seen)
+    assert ends[0] == ends[1] == [(start, min(CHUNK_TOKENS, 350 - start)) for start in range(0, 350, CHUNK_TOKENS)]
 
 
 def test_a_thousand_requests_and_aborts_lose_nothing():
