@@ -26,8 +26,8 @@ from nanochat.inference.sampling import Sampling, move_logits, sample_tokens
 from nanochat.model.gpt import GPT
 
 CHUNK_TOKENS = 96
-"""Of a prompt in one step. At 128 prompts make the answers beside them stutter 2.6 times their pace, at 96 2.2 times, at
-64 1.9 times, but then prefill takes a quarter longer (depth 4, prompts of 480 tokens, 1 core, AMD EPYC, 2026-11-25)."""
+"""Of a prompt in one step. At 128 prompts make the answers beside them stutter 2.6 times their pace, at 96 2.2 times,
+at 64 1.9 times, but then prefill takes a quarter longer (depth 4, prompts of 480, 1 core, AMD EPYC, 2026-11-25)."""
 STEP_TOKENS = 512
 
 FinishReason = Literal["stop", "length"]

@@ -22,16 +22,19 @@ class Answers:
 
     def __init__(
         self, backend: Backend, config: ServingConfig, model: ServedModel, requests: Sequence[Request],
-        stops: Sequence[str],
+        stops: Sequence[str], n: int = 1,
     ) -> None:  # fmt: skip
-        """Take what the engine is asked. Raises: ApiError if too much is waiting already."""
+        """Take what the engine is asked: `n` requests for each prompt.
+
+        Raises: ApiError if too much is waiting already, or the engine is dead.
+        """
         load = backend.load()
         if load.waiting and load.waiting + len(requests) > config.max_waiting:
             raise overloaded(f"{load.waiting} requests are waiting already, at most {config.max_waiting} may.")
         if not backend.is_healthy:
             raise ApiError(503, "the engine has died; the replica is being replaced.", code="engine_dead")
         self.backend, self.config, self.model, self.requests, self.stops = backend, config, model, requests, stops
-        self.began_s = time.monotonic()
+        self.n, self.began_s = n, time.monotonic()
         self.first_token_s: float | None = None
         """Seconds until something came."""
         self.completion_tokens = [request.continued for request in requests]
@@ -41,8 +44,7 @@ class Answers:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompts; a prompt with several answers counts once."""
-        prompts = {request.prompt[: len(request.prompt) - request.continued] for request in self.requests}
-        return sum(map(len, prompts))
+        return sum(len(one.prompt) - one.continued for one in self.requests[:: self.n])
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield (number of the answer, piece) as they come. Raises: ApiError."""
@@ -51,14 +53,14 @@ class Answers:
                 async for piece in pieces:
                     yield 0, piece
             return
-        queue: asyncio.Queue[tuple[int, Piece | ApiError]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
         async def follow(number: int) -> None:
             try:
                 async with aclosing(self._answer(number)) as pieces:
                     async for piece in pieces:
                         queue.put_nowait((number, piece))
-            except ApiError as err:
+            except Exception as err:  # whatever it was: who reads the queue has to hear of it
                 queue.put_nowait((number, err))
 
         tasks = [asyncio.create_task(follow(number)) for number in range(len(self.requests))]
@@ -66,7 +68,7 @@ class Answers:
             unfinished = len(tasks)
             while unfinished:
                 number, piece = await queue.get()
-                if isinstance(piece, ApiError):
+                if isinstance(piece, Exception):
                     raise piece
                 unfinished -= piece.finish_reason is not None
                 yield number, piece

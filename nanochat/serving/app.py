@@ -3,7 +3,6 @@
 Bodies are read and checked here, not by FastAPI: so they are bounded, and every error has OpenAI's envelope.
 """
 
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -20,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 import nanochat
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPECIAL_TOKENS
+from nanochat.inference.engine import Request as TokenRequest
 from nanochat.inference.text_stream import Piece
 from nanochat.serving.answers import Answers
 from nanochat.serving.backend import Backend, ServedModel
@@ -44,29 +44,28 @@ PAGE_POLICY = (
 )
 CLIENT_CLOSED = 499
 BodyT = TypeVar("BodyT", bound=BaseModel)
-log = logging.getLogger("nanochat.serving")
 
 
 def create_app(backend: Backend, config: ServingConfig) -> FastAPI:
     """Return the endpoint. Raises: ConfigError if it could be reached by others without a key."""
     app = FastAPI(title="nanochat", version=nanochat.__version__, redirect_slashes=False)
     endpoint = _Endpoint(backend, config, app)
-    for path, method, handler in (
-        ("/", "GET", endpoint.page), ("/health", "GET", endpoint.health), ("/ready", "GET", endpoint.ready),
-        ("/metrics", "GET", endpoint.show_metrics), ("/version", "GET", endpoint.version),
-        ("/v1/models", "GET", endpoint.list_models), ("/v1/models/{name:path}", "GET", endpoint.get_model),
-        ("/tokenizer_info", "GET", endpoint.tokenizer_info),
+    for path, handler in (
+        ("/", endpoint.page), ("/health", endpoint.health), ("/ready", endpoint.ready), ("/version", endpoint.version),
+        ("/metrics", endpoint.show_metrics), ("/v1/models", endpoint.list_models),
+        ("/v1/models/{name:path}", endpoint.get_model), ("/tokenizer_info", endpoint.tokenizer_info),
     ):  # fmt: skip
-        app.add_api_route(path, handler, methods=[method, "HEAD"], response_model=None)
+        app.add_api_route(path, handler, methods=["GET"], response_model=None)
+        app.add_api_route(path, handler, methods=["HEAD"], response_model=None, include_in_schema=False)
     for path, handler, body in (
         ("/v1/chat/completions", endpoint.chat, ChatBody), ("/v1/completions", endpoint.complete, CompletionBody),
         ("/tokenize", endpoint.tokenize, TokenizeBody), ("/detokenize", endpoint.detokenize, DetokenizeBody),
     ):  # fmt: skip
-        content = {"application/json": {"schema": body.model_json_schema()}}
+        content = {"application/json": {"schema": _inlined(body)}}
         app.add_api_route(
             path, handler, methods=["POST"], response_model=None, openapi_extra={"requestBody": {"content": content}}
         )
-    for kind, show in ((ApiError, _show), (HTTPException, _show_http), (Exception, _show_unforeseen)):
+    for kind, show in ((ApiError, _show), (HTTPException, _show_http)):
         app.add_exception_handler(kind, show)
     app.add_middleware(Gate, keys=api_keys(config), metrics=endpoint.metrics)
     if config.cors_origins:
@@ -85,13 +84,6 @@ async def _show(request: Request, err: Exception) -> Response:
 async def _show_http(request: Request, err: Exception) -> Response:
     assert isinstance(err, HTTPException)
     return JSONResponse(http_error(err.status_code).body, err.status_code, err.headers)
-
-
-async def _show_unforeseen(request: Request, err: Exception) -> Response:
-    """The edge of a request: one that nobody foresaw fails alone, and the log says why."""
-    log.error("request %s failed", request.state.request_id, exc_info=err)
-    told = ApiError(500, f"an error that nobody foresaw; the log has it as {request.state.request_id}.")
-    return JSONResponse(told.body, 500)
 
 
 class _Endpoint:
@@ -184,7 +176,7 @@ class _Endpoint:
         prompt = chat_prompt(model.tokenizer, body.messages, self.config.max_messages)
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         requests = requests_of(body, model, [prompt], logprobs=logprobs)
-        return await self._answer(request, body, Answers(self.backend, self.config, model, requests, body.stops))
+        return await self._answer(request, body, model, requests)
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
@@ -197,10 +189,13 @@ class _Endpoint:
             body, model, prompts, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None,
             default_tokens=DEFAULT_COMPLETION_TOKENS,
         )  # fmt: skip
-        return await self._answer(request, body, Answers(self.backend, self.config, model, requests, body.stops))
+        return await self._answer(request, body, model, requests)
 
-    async def _answer(self, request: Request, body: ChatBody | CompletionBody, answers: Answers) -> Response:
+    async def _answer(
+        self, request: Request, body: ChatBody | CompletionBody, model: ServedModel, requests: list[TokenRequest]
+    ) -> Response:
         """Return answers whole or as a stream, whose first event has come."""
+        answers = Answers(self.backend, self.config, model, requests, body.stops, body.n or 1)
         facts = request.state.facts
         facts |= {"model": answers.model.name, "stream": bool(body.stream), "prompt_tokens": answers.prompt_tokens}
         if self.config.log_contents:
@@ -246,14 +241,15 @@ class _Endpoint:
         try:
             async with aclosing(answers.pieces()) as coming:
                 async for number, piece in coming:
-                    data = event(head | {"choices": [shape.choice(number, piece)]} | tail)
+                    choice = shape.choice(number, piece)
+                    data = event(head | {"choices": [choice]} | tail)
                     if is_first:
                         is_first = False
-                        firsts = [head | {"choices": [choice]} | tail for choice in shape.first()]
+                        firsts = [head | {"choices": [one]} | tail for one in shape.first()]
                         if firsts:
                             firsts[0] |= beginning
                         else:
-                            data = event(head | {"choices": [shape.choice(number, piece)]} | tail | beginning)
+                            data = event(head | {"choices": [choice]} | tail | beginning)
                         data = b"".join(map(event, firsts)) + data
                     yield data
             if has_usage:
@@ -297,6 +293,21 @@ class _Endpoint:
             return kind.model_validate_json(bytes(data))
         except ValidationError as err:
             raise invalid_body(err) from None
+
+
+def _inlined(body: type[BaseModel]) -> dict[str, Any]:
+    """Return a body's JSON schema without references, which would not be found in the OpenAPI page."""
+    schema = body.model_json_schema()
+    known = schema.pop("$defs", {})
+
+    def walk(one: Any) -> Any:
+        if isinstance(one, dict):
+            if "$ref" in one:
+                return walk(known[one["$ref"].rpartition("/")[2]])
+            return {name: walk(value) for name, value in one.items()}
+        return [walk(value) for value in one] if isinstance(one, list) else one
+
+    return walk(schema)
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:

@@ -17,6 +17,10 @@ _TYPES = {
 }  # fmt: skip
 
 
+_PYDANTIC_WORDS = ("str", "int", "constrained-str")
+"""What pydantic puts into the place of an error to tell the members of a union apart."""
+
+
 @dataclass
 class ApiError(Exception):
     """An answer that is no success."""
@@ -60,6 +64,6 @@ def invalid_body(err: ValidationError) -> ApiError:
     first = err.errors(include_url=False, include_context=False)[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: {first['msg']}. Send one JSON object.", code="invalid_json")
-    place = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "int")))]
+    place = [part for part in first["loc"] if isinstance(part, int) or not ("[" in part or part in _PYDANTIC_WORDS)]
     param = ".".join(str(part) for part in place) or "body"
     return refused(param, f"{first['msg']} (it is {excerpt(first.get('input'))}).", "invalid_value")

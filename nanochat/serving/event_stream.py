@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from nanochat.serving.errors import ApiError
 
 T = TypeVar("T")
+log = logging.getLogger("nanochat.serving")
 
 
 class ClientGoneError(Exception):
@@ -72,6 +74,10 @@ class EventStream(Response):
                 async for data in events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 last = b"data: [DONE]\n\n"
-            except ApiError as err:
-                last = event(err.body)
+            except Exception as err:  # the edge of a stream: its client has to hear of whatever it was
+                if not isinstance(err, ApiError):
+                    log.exception("a stream failed")
+                    err = ApiError(500, "an error that nobody foresaw.")
+                await send({"type": "http.response.body", "body": event(err.body), "more_body": True})
+                return  # without the last chunk: the server breaks the connection off
         await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -19,7 +19,7 @@ from nanochat.serving.errors import ApiError
 from nanochat.serving.metrics import Metrics
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
-OPEN_PATHS = ("/", "/health", "/ready", "/version")
+OPEN_PATHS = ("/", "/health", "/ready")
 """What is answered without a key."""
 _GIVEN_ID = re.compile(r"[\w.:-]{1,128}")
 log = logging.getLogger("nanochat.serving")
@@ -85,7 +85,14 @@ class Gate:
                 )
                 await JSONResponse(err.body, err.status, err.headers)(scope, receive, send_on)
             else:
-                await self.app(scope, receive, send_on)
+                try:
+                    await self.app(scope, receive, send_on)
+                except Exception:  # the edge of a request: it fails alone, and the log says why
+                    if status:
+                        raise
+                    log.exception("request %s failed", id)
+                    err = ApiError(500, f"an error that nobody foresaw; the log has it as {id}.")
+                    await JSONResponse(err.body, 500)(scope, receive, send_on)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.responses.labels(route, str(status or 499)).inc()

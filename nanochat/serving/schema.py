@@ -86,7 +86,7 @@ class ChatBody(SamplingBody):
 
     def check(self) -> None:
         """Raises: ApiError for what is not here."""
-        if self.tools or self.functions:
+        if (self.tools and self.tool_choice != "none") or (self.functions and self.function_call != "none"):
             name = "tools" if self.tools else "functions"
             raise refused(name, "are not called by these models; they have a calculator of their own. Leave it out.")
         if self.tool_choice not in (None, "none", "auto") or self.function_call not in (None, "none", "auto"):
@@ -155,6 +155,9 @@ def requests_of(
     ends = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
     begun = tuple(body.continue_token_ids or ())
     asked = getattr(body, "max_completion_tokens", None) or body.max_tokens
+    if asked is not None and asked > model.capacity:
+        name = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
+        raise refused(name, f"is {asked}; this model has {model.capacity} tokens, prompt included.")
     asked = default_tokens if asked is None else max(1, asked)
     bias = _bias(body, tokenizer)
     stop_ids = [_checked(id, "stop_token_ids", tokenizer) for id in body.stop_token_ids or ()]

@@ -43,7 +43,8 @@ class ChatShape:
 
     def message(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Return the choice of a whole answer."""
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
+        text = "".join(piece.text for piece in pieces)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self.body.return_parts:
             parts: list[dict[str, str]] = []
             for part in (part for piece in pieces for part in piece.parts):
@@ -58,7 +59,8 @@ class ChatShape:
     def _details(self, events: Sequence[Event]) -> dict[str, Any]:
         details: dict[str, Any] = {"logprobs": None}
         if self.body.logprobs:
-            details["logprobs"] = {"content": [self._logprob(event) for event in events if event.likelihood]}
+            content = [self._logprob(event) for event in events if event.likelihood]
+            details["logprobs"] = {"content": content, "refusal": None}
         if self.body.return_token_ids:
             details["token_ids"] = [event.token for event in events]
         return details
@@ -130,8 +132,8 @@ class CompletionShape:
             "tokens": texts,
             "token_logprobs": [one and _finite(one.logprob) for one in likelihoods],
             "top_logprobs": [
-                one and {self._text(id): _finite(logprob) for id, logprob in reversed(one.likeliest)}
-                for one in likelihoods
+                one and {self._text(i): _finite(p) for i, p in ((id, one.logprob), *reversed(one.likeliest))}
+                for id, one in zip(ids, likelihoods, strict=True)
             ],
             "text_offset": offsets,
         }
