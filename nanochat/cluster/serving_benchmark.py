@@ -6,6 +6,7 @@ speed does not depend on them. Prompts are distinct, of 64 random tokens; answer
 """
 
 import asyncio
+import operator
 import random
 import statistics
 import time
@@ -65,7 +66,8 @@ def measure_engine(run_dir: str, corpus: str) -> dict[str, Any]:
     results: dict[str, Any] = {
         f"engine_tokens_per_s_c{count}": statistics.median(found) for count, found in speeds.items()
     }
-    return results | {"prefix_hit_ttft_ratio": _prefix_ratio(model), "itl_p99_over_p50": _gap_ratio(model)}
+    results |= {"prefix_hit_ttft_ratio": _prefix_ratio(model), "itl_p99_over_p50": _gap_ratio(model)}
+    return results | _changed_answers(model)
 
 
 def measure_serving(run_dir: str, corpus: str, port: int = 0) -> dict[str, Any]:
@@ -177,6 +179,27 @@ def _prefix_ratio(model: GPT) -> float:
         cold_s = _first_token_s(engine, prompt)
         ratios.append(_first_token_s(engine, prompt) / cold_s)
     return statistics.median(ratios)
+
+
+def _changed_answers(model: GPT) -> dict[str, int]:
+    """Return how many of 64 answers are others in company, after a prefix hit, and with preemptions than alone.
+
+    In float32 none may be; in bfloat16 other groupings round otherwise.
+    """
+    requests = [_request(_prompt(PROMPT_TOKENS + 1, 7000 + number), seed=number) for number in range(64)]
+    alone, known = [], []
+    for request in requests:
+        engine = Engine(model, max_running=1)
+        alone.append(complete(engine, [request])[0].tokens)
+        known.append(complete(engine, [request])[0].tokens)
+    tight = Engine(model, max_running=32, cache_tokens=3200)
+    ways = {
+        "in_company": [one.tokens for one in complete(Engine(model, max_running=32), requests)],
+        "by_a_prefix_hit": known,
+        "with_preemptions": [one.tokens for one in complete(tight, requests)],
+    }
+    changed = {f"changed_{name}_of_64": sum(map(operator.ne, alone, found)) for name, found in ways.items()}
+    return changed | {"preemptions_meanwhile": tight.preemptions}
 
 
 def _gap_ratio(model: GPT) -> float:
