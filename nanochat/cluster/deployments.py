@@ -136,7 +136,7 @@ def application(serving: ServingConfig, replicas: ReplicasConfig, backend: str =
         Endpoint,
         name="endpoint",
         # The app refuses earlier, in OpenAI's words.
-        max_ongoing_requests=len(serving.models) * serving.max_running + serving.max_waiting + SPARE_REQUESTS,
+        max_ongoing_requests=len(serving.models) * (serving.max_running + serving.max_waiting) + SPARE_REQUESTS,
         # From zero replicas as many wait for the first one as it will take.
         max_queued_requests=serving.max_running + serving.max_waiting,
         backpressure_config={"status_code": 503, "retry_after_s": RETRY_AFTER_S},

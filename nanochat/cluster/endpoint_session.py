@@ -64,23 +64,27 @@ def run_endpoint(
         asked.append(True)
         terminal.line("ending when the running answers have; press Ctrl-C again to leave at once")
 
+    from nanochat.serving.gate import api_keys
+
     with endpoint_session(serving, replicas, cluster, log_path, terminal) as address, on_interrupt(stop):
         terminal.line(f"page       {address}/")
         terminal.line(f"API        {address}/v1")
         name = serving.models[0].partition("=")[0]
-        terminal.line(curl_line(address, {"id": name}, not serving.is_loopback))
+        keys = api_keys(serving)
+        terminal.line(curl_line(address, {"id": name}, bool(keys)))
         if is_check:
-            terminal.line(f"answer     {one_answer(address, name)}")
+            terminal.line(f"answer     {one_answer(address, name, keys[0].decode() if keys else None)}")
             return
         terminal.line("Ctrl-C ends it")
         while not asked:
             time.sleep(0.2)
 
 
-def one_answer(address: str, model: str) -> str:
+def one_answer(address: str, model: str, key: str | None) -> str:
     """Return what a chat model says to 'Who are you?'. Raises: ClusterError if it does not answer."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 64})
-    request = urllib.request.Request(f"{address}/v1/chat/completions", body.encode())
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{address}/v1/chat/completions", body.encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=REACHABLE_S) as answer:
             return json.load(answer)["choices"][0]["message"]["content"]

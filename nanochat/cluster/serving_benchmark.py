@@ -209,7 +209,7 @@ def _gap_ratio(model: GPT) -> float:
     last_s: dict[int, float] = {}
     gaps: list[float] = []
     steps = 0
-    while streams & (set(last_s) or streams):
+    while streams:
         if steps % LONG_PROMPT_STEPS == LONG_PROMPT_STEPS - 1:
             engine.add(_request(_prompt(LONG_PROMPT_TOKENS, steps), 8))
         steps += 1

@@ -42,6 +42,8 @@ class Request(Sampling):
     """At most this many new tokens; the end token is one of them."""
     stop_tokens: frozenset[int] = frozenset()
     """Ids that end the completion; the one that did is its last token."""
+    break_tokens: frozenset[int] = frozenset()
+    """The same, but drawn before `min_new_tokens`, too: where a tool is to speak."""
     seed: int = 0
     """Two requests with the same prompt, parameters and seed give the same tokens."""
     min_new_tokens: int = 0
@@ -153,7 +155,7 @@ class Engine:
         self.capacity = min(longest, pages * PAGE_TOKENS)
         self.cache = PagedKVCache(model.config, pages + 1, model.compute_dtype, self.device)
         self.pool = PagePool(pages + 1, PAGE_TOKENS)
-        self.preemptions = 0
+        self.preemptions = self.queried_tokens = self.found_tokens = 0
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         """The oldest first."""
@@ -172,11 +174,13 @@ class Engine:
                 f"max_new_tokens={request.max_new_tokens}: with a prompt of {len(request.prompt)} tokens must be at "
                 f"most {self.capacity} in all. Shorten one of them."
             )
-        ids = [*request.prompt, *request.logit_bias, *request.stop_tokens]
+        ids = [*request.prompt, *request.logit_bias, *request.stop_tokens, *request.break_tokens]
         if min(ids) < 0 or max(ids) >= self.model.config.vocab_size:
             raise ConfigError(f"prompt: ids must be in [0, {self.model.config.vocab_size}). Use the model's tokenizer.")
         self._next_id += 1
-        self._waiting.append(_Sequence(self._next_id, request, list(request.prompt)))
+        # A completion that has begun, and comes back from a tool, does not queue again.
+        queue = self._waiting.appendleft if request.continued else self._waiting.append
+        queue(_Sequence(self._next_id, request, list(request.prompt)))
         return self._next_id
 
     @property
@@ -243,18 +247,31 @@ class Engine:
             known = sequence.tokens[:-1] if sequence.request.prompt_logprobs is None else []
             sequence.pages, sequence.last_page = self.pool.find(known)
             sequence.computed = sequence.published = len(sequence.pages) * PAGE_TOKENS
+            if known and self._is_being_computed(sequence):
+                self.pool.release(sequence.pages)
+                break
             # It begins only if all of its tokens have room, and one more, or it would soon be in the others' way.
             lacking = pages_for(len(sequence.tokens) + 1) - len(sequence.pages)
             if sequence.chunk > budget or promised + lacking > self.pool.free:
                 self.pool.release(sequence.pages)
                 break
             promised += lacking - self._grow(sequence)
+            self.queried_tokens += len(known)
+            self.found_tokens += sequence.computed
             if len(sequence.tokens) == len(sequence.request.prompt):
                 sequence.cached = sequence.computed
             self._running.append(self._waiting.popleft())
             scheduled.append((sequence, sequence.chunk))
             budget -= sequence.chunk
         return scheduled
+
+    def _is_being_computed(self, sequence: _Sequence) -> bool:
+        """Tell whether a running prompt is about to publish the next page that this one needs: worth waiting for."""
+        end = sequence.computed + PAGE_TOKENS
+        return end < len(sequence.tokens) and any(
+            other.left > 1 and other.computed < end <= len(other.tokens) and other.tokens[:end] == sequence.tokens[:end]
+            for other in self._running
+        )
 
     def _make_room(self, sequence: _Sequence) -> bool:
         """Give a sequence the pages of its next chunk; where too few are free, the newest give theirs back.
@@ -313,7 +330,7 @@ class Engine:
             request = sequence.request
             sequence.tokens.append(token)
             reason: FinishReason | None = "length" if count + 1 == request.max_new_tokens else None
-            if token in request.stop_tokens:
+            if token in request.stop_tokens or token in request.break_tokens:
                 reason = "stop"
             event = Event(sequence.id, token, reason)
             if row in judged:

@@ -19,7 +19,6 @@ class PagePool:
 
     def __init__(self, pages: int, page_tokens: int) -> None:
         self.pages, self.page_tokens = pages - 1, page_tokens
-        self.queried_tokens = self.found_tokens = 0
         self._holders = [0] * pages
         self._free = OrderedDict.fromkeys(range(1, pages))
         self._published: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
@@ -52,8 +51,6 @@ class PagePool:
             self._free.pop(page, None)
             self._holders[page] += 1
             pages.append(page)
-        self.queried_tokens += len(tokens)
-        self.found_tokens += len(pages) * self.page_tokens
         return pages, name
 
     def publish(self, page: int, before: int, tokens: Sequence[int]) -> int:

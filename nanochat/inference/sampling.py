@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+TIE_STEP = 2.0**-48
+"""What an id takes from its logit where equals are put in order: less than float32 tells apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -80,7 +83,9 @@ def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Se
             drawn_B[row_R] = logits_RV.argmax(dim=-1)
             continue
         # Of the likeliest alone: a sum over all tokens costs more than finding them.
-        values_RK, token_RK = logits_RV.topk(max(ks[row] for row in rows)) if kind == "some" else (logits_RV, None)
+        values_RK, token_RK = (
+            _likeliest(logits_RV, max(ks[row] for row in rows)) if kind == "some" else (logits_RV, None)
+        )
         own = [
             (samplings[row].temperature, ks[row], samplings[row].top_p, samplings[row].min_p, 1.0 - uniforms[row])
             for row in rows
@@ -98,3 +103,13 @@ def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Se
         place_R1 = (cumulative_RK < reach_R1 * cumulative_RK[:, -1:]).sum(dim=-1, keepdim=True)
         drawn_B[row_R] = (place_R1 if token_RK is None else token_RK.gather(1, place_R1))[:, 0]
     return drawn_B
+
+
+def _likeliest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` greatest logits of each row and their ids; of equal ones the lower id comes first.
+
+    In bfloat16 many are equal, and which of them `topk` alone takes depends on `count`: on other rows.
+    """
+    step = torch.arange(logits_RV.shape[1], dtype=torch.float64, device=logits_RV.device) * TIE_STEP
+    token_RK = (logits_RV.double() - step).topk(count).indices
+    return logits_RV.gather(1, token_RK), token_RK

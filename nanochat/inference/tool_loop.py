@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import ConfigError
 from nanochat.inference.calculator import calculate
 from nanochat.inference.engine import Event, Request, TokenSource
 
@@ -41,6 +42,8 @@ class ToolLoop:
         self._call_start, self._call_end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
         self._tool_alone = {tokenizer.special(name): -math.inf for name in ("<|output_start|>", "<|output_end|>")}
         self._turns: dict[int, _Turn] = {}  # by the engine's id of the request that runs now
+        self._owed: list[Event] = []
+        """What a tool has said to requests that came with a call."""
         self._next_id = 0
 
     def add(self, request: Request) -> int:
@@ -51,7 +54,16 @@ class ToolLoop:
         whole = replace(
             request, prompt=request.prompt[:begun], continued=0, max_new_tokens=request.max_new_tokens + len(said)
         )
-        self._submit(_Turn(self._next_id, whole, said, calls=said.count(self._call_end)))
+        turn = _Turn(self._next_id, whole, said, calls=said.count(self._call_end))
+        if said and said[-1] == self._call_end:  # cut off between a call and its output
+            output = self._output_of(said)
+            if len(output) >= request.max_new_tokens:
+                raise ConfigError(
+                    f"max_new_tokens={request.max_new_tokens}: has no room for the tool's output. Raise it."
+                )
+            said += output
+            self._owed += [Event(turn.id, token, is_forced=True) for token in output]
+        self._submit(turn)
         return self._next_id
 
     def abort(self, id: int) -> None:
@@ -60,10 +72,11 @@ class ToolLoop:
             if turn.id == id:
                 self.engine.abort(inner)
                 del self._turns[inner]
+        self._owed = [event for event in self._owed if event.id != id]
 
     def step(self) -> list[Event]:
         """Let the engine work and return its events; where a call ends, the tool's tokens follow it."""
-        events: list[Event] = []
+        events, self._owed = self._owed, []
         for event in self.engine.step():
             turn = self._turns[event.id]
             turn.said.append(event.token)
@@ -74,7 +87,7 @@ class ToolLoop:
             left = turn.request.max_new_tokens - len(turn.said)
             is_call = event.token == self._call_end and event.token not in turn.request.stop_tokens
             output = self._output_of(turn.said) if is_call else []
-            if not is_call or len(output) >= left or turn.calls == MAX_CALLS:
+            if not is_call or len(output) >= left or turn.calls >= MAX_CALLS:
                 events.append(replace(event, id=turn.id, finish_reason="length" if is_call else event.finish_reason))
                 continue
             events.append(Event(turn.id, event.token))
@@ -88,7 +101,7 @@ class ToolLoop:
         request, said = turn.request, len(turn.said)
         going_on = replace(
             request, prompt=(*request.prompt, *turn.said), max_new_tokens=request.max_new_tokens - said,
-            stop_tokens=request.stop_tokens | {self._call_end},
+            break_tokens=request.break_tokens | {self._call_end},
             logit_bias={**request.logit_bias, **self._tool_alone}, continued=said,
         )  # fmt: skip
         self._turns[self.engine.add(going_on)] = turn

@@ -6,6 +6,7 @@ cancelled while it waits, aborts it. Pieces of a stream come no faster than `eve
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -22,15 +23,18 @@ class Answers:
 
     def __init__(
         self, backend: Backend, config: ServingConfig, model: ServedModel, requests: Sequence[Request],
-        stops: Sequence[str], n: int = 1,
+        stops: Sequence[str], n: int, open_answers: Counter[str],
     ) -> None:  # fmt: skip
-        """Take what the engine is asked: `n` requests for each prompt.
+        """Take what the engine is asked, `n` requests for each prompt, and count it as open until `close`.
 
         Raises: ApiError if too much is waiting already, or the engine is dead.
         """
-        load = backend.load()
-        if load.waiting and load.waiting + len(requests) > config.max_waiting:
-            raise overloaded(f"{load.waiting} requests are waiting already, at most {config.max_waiting} may.")
+        waiting = backend.load().waiting
+        if waiting and waiting + len(requests) > config.max_waiting:
+            raise overloaded(f"{waiting} requests are waiting already, at most {config.max_waiting} may.")
+        limit = config.max_running + config.max_waiting
+        if open_answers[model.name] + len(requests) > limit:
+            raise overloaded(f"{open_answers[model.name]} answers of {model.name} are open, at most {limit} may be.")
         if not backend.is_healthy:
             raise ApiError(503, "the engine has died; the replica is being replaced.", code="engine_dead")
         self.backend, self.config, self.model, self.requests, self.stops = backend, config, model, requests, stops
@@ -40,6 +44,14 @@ class Answers:
         self.completion_tokens = [request.continued for request in requests]
         self.finish_reasons: list[str | None] = [None] * len(requests)
         self.cached_tokens = 0
+        self._open_answers, self._is_open = open_answers, True
+        open_answers[model.name] += len(requests)
+
+    def close(self) -> None:
+        """Make room for others; once is enough."""
+        if self._is_open:
+            self._is_open = False
+            self._open_answers[self.model.name] -= len(self.requests)
 
     @property
     def prompt_tokens(self) -> int:

@@ -3,8 +3,10 @@
 Bodies are read and checked here, not by FastAPI: so they are bounded, and every error has OpenAI's envelope.
 """
 
+import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import resources
@@ -43,12 +45,13 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 CLIENT_CLOSED = 499
+BODY_TIMEOUT_S, SEND_SPARE_S = 30.0, 5.0
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
 def create_app(backend: Backend, config: ServingConfig) -> FastAPI:
     """Return the endpoint. Raises: ConfigError if it could be reached by others without a key."""
-    app = FastAPI(title="nanochat", version=nanochat.__version__, redirect_slashes=False)
+    app = FastAPI(title="nanochat", version=nanochat.__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     endpoint = _Endpoint(backend, config, app)
     for path, handler in (
         ("/", endpoint.page), ("/health", endpoint.health), ("/ready", endpoint.ready), ("/version", endpoint.version),
@@ -67,7 +70,7 @@ def create_app(backend: Backend, config: ServingConfig) -> FastAPI:
         )
     for kind, show in ((ApiError, _show), (HTTPException, _show_http)):
         app.add_exception_handler(kind, show)
-    app.add_middleware(Gate, keys=api_keys(config), metrics=endpoint.metrics)
+    app.add_middleware(Gate, keys=api_keys(config), origins=config.cors_origins, metrics=endpoint.metrics)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"],
@@ -93,6 +96,7 @@ class _Endpoint:
         self.backend, self.config, self.app = backend, config, app
         self.metrics = Metrics(backend)
         app.state.draining = False
+        self.open_answers: Counter[str] = Counter()
         self._page = resources.files("nanochat.serving").joinpath("ui.html").read_text("utf-8")
 
     async def page(self) -> Response:
@@ -195,20 +199,27 @@ class _Endpoint:
         self, request: Request, body: ChatBody | CompletionBody, model: ServedModel, requests: list[TokenRequest]
     ) -> Response:
         """Return answers whole or as a stream, whose first event has come."""
-        answers = Answers(self.backend, self.config, model, requests, body.stops, body.n or 1)
+        answers = Answers(
+            self.backend, self.config, model, requests, body.stops, body.n or 1, self.open_answers
+        )  # fmt: skip
         facts = request.state.facts
         facts |= {"model": answers.model.name, "stream": bool(body.stream), "prompt_tokens": answers.prompt_tokens}
         if self.config.log_contents:
             facts["request"] = body.model_dump(exclude_none=True)
         shape = ChatShape(body, answers) if isinstance(body, ChatBody) else CompletionShape(body, answers)
+        is_handed_on = False
         try:
             if not body.stream:
                 return await unless_gone(request, self._whole(body, shape, facts))
             events = self._events(body, shape, facts)
             first = await unless_gone(request, _next(events))
-            return EventStream(_chain(first, events), {})
+            is_handed_on = True
+            return EventStream(_chain(first, events), self.config.request_s + SEND_SPARE_S, answers.close)
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED)
+        finally:
+            if not is_handed_on:
+                answers.close()
 
     async def _whole(
         self, body: ChatBody | CompletionBody, shape: ChatShape | CompletionShape, facts: dict[str, Any]
@@ -285,10 +296,14 @@ class _Endpoint:
         too_large = ApiError(413, f"body: has more than {limit} bytes. Send less.", code="body_too_large")
         if told.isdigit() and int(told) > limit:
             raise too_large
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > limit:
-                raise too_large
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"body: has not come within {BODY_TIMEOUT_S:g} s.", code="body_timeout") from None
         try:
             return kind.model_validate_json(bytes(data))
         except ValidationError as err:

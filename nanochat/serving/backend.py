@@ -145,8 +145,13 @@ class Hosted:
 class NativeBackend:
     """Engines of this process, stepped by a thread."""
 
-    def __init__(self, hosted: Sequence[Hosted]) -> None:
-        """Take models with their engines and start the thread; `close` ends it."""
+    def __init__(self, hosted: Sequence[Hosted], stall_s: float = 60.0) -> None:
+        """Take models with their engines and start the thread; `close` ends it.
+
+        A step that takes longer than `stall_s` hangs.
+        """
+        self.stall_s = stall_s
+        self._step_began_s: float | None = None
         self._hosted = {one.model.name: one for one in hosted}
         self.models: Mapping[str, ServedModel] = {one.model.name: one.model for one in hosted}
         self._inbox: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()
@@ -158,8 +163,10 @@ class NativeBackend:
 
     @property
     def is_healthy(self) -> bool:
-        """Tell whether the thread runs."""
-        return self._is_open and self._thread.is_alive()
+        """Tell whether the thread runs, and no step of it hangs."""
+        began_s = self._step_began_s
+        hangs = began_s is not None and time.monotonic() - began_s > self.stall_s
+        return self._is_open and self._thread.is_alive() and not hangs
 
     @classmethod
     def open(cls, config: ServingConfig) -> "NativeBackend":
@@ -175,7 +182,7 @@ class NativeBackend:
         for one in hosted:
             bos = one.model.tokenizer.bos
             complete(one.source, [Request(prompt=(bos,) * 8, max_new_tokens=4)] * 2)
-        return cls(hosted)
+        return cls(hosted, config.stall_s)
 
     def close(self) -> None:
         """End the thread after its present step; who still waits gets BackendDeadError."""
@@ -209,8 +216,8 @@ class NativeBackend:
             waiting=sum(engine.waiting for engine in engines) + self._inbox.qsize(),
             kv_tokens=pages * size, kv_tokens_free=free * size,
             preemptions=sum(engine.preemptions for engine in engines),
-            prefix_queries=sum(engine.pool.queried_tokens for engine in engines),
-            prefix_hits=sum(engine.pool.found_tokens for engine in engines),
+            prefix_queries=sum(engine.queried_tokens for engine in engines),
+            prefix_hits=sum(engine.found_tokens for engine in engines),
         )  # fmt: skip
 
     def _death(self) -> BackendDeadError:
@@ -221,7 +228,10 @@ class NativeBackend:
             while self._take_in(is_idle=not any(one.mailboxes for one in self._hosted.values())):
                 for one in self._hosted.values():
                     if one.mailboxes:
-                        self._deliver(one, one.source.step())
+                        self._step_began_s = time.monotonic()
+                        events = one.source.step()
+                        self._step_began_s = None
+                        self._deliver(one, events)
         except Exception as err:  # whatever it was, everybody who waits has to hear of it
             self._error = err
             log.exception("the engine has died")

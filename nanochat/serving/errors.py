@@ -56,7 +56,9 @@ def overloaded(message: str) -> ApiError:
 def http_error(status: int) -> ApiError:
     """Return the error of a plain HTTP status, as an unknown path gives."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    return ApiError(status, f"{HTTPStatus(status).phrase}. The API is under /v1, its description on /docs.", code=code)
+    return ApiError(
+        status, f"{HTTPStatus(status).phrase}. The API is under /v1, its description on /openapi.json.", code=code
+    )
 
 
 def invalid_body(err: ValidationError) -> ApiError:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -54,19 +54,25 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
-        """Take the events; the first of them has been waited for, so the status can be 200."""
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
+    def __init__(self, events: AsyncGenerator[bytes, None], timeout_s: float, on_end: Callable[[], None]) -> None:
+        """Take the events; the first of them has been waited for, so the status can be 200.
+
+        A client that has not read all after `timeout_s` is left; `on_end` is called in any case.
+        """
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events = events
+        self.events, self.timeout_s, self.on_end = events, timeout_s, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; a client that hangs up closes them."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await _race(receive, self._send_all(send))
-        except ClientGoneError:
+            async with asyncio.timeout(self.timeout_s):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await _race(receive, self._send_all(send))
+        except (ClientGoneError, TimeoutError):
             return
+        finally:
+            self.on_end()
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self.events) as events:

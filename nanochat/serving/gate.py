@@ -7,7 +7,9 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,8 +20,10 @@ from nanochat.errors import ConfigError
 from nanochat.serving.errors import ApiError
 from nanochat.serving.metrics import Metrics
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
-OPEN_PATHS = ("/", "/health", "/ready")
+PROBES = ("/health", "/ready")
+OPEN_PATHS = ("/", *PROBES)
 """What is answered without a key."""
 _GIVEN_ID = re.compile(r"[\w.:-]{1,128}")
 log = logging.getLogger("nanochat.serving")
@@ -50,8 +54,8 @@ def api_keys(config: ServingConfig) -> list[bytes]:
 class Gate:
     """ASGI middleware: `X-Request-Id`, authorisation, one JSON line for each response."""
 
-    def __init__(self, app: ASGIApp, keys: list[bytes], metrics: Metrics) -> None:
-        self.app, self.keys, self.metrics = app, keys, metrics
+    def __init__(self, app: ASGIApp, keys: list[bytes], origins: Sequence[str], metrics: Metrics) -> None:
+        self.app, self.keys, self.origins, self.metrics = app, keys, origins, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -79,7 +83,11 @@ class Gate:
             await send(message)
 
         try:
-            if self.keys and not self._may_pass(scope["method"], path, headers):
+            if not self.keys and path not in PROBES and not self._is_from_here(headers):
+                message = "without API keys only pages and programs of this machine are answered. Set keys."
+                err = ApiError(403, message, code="foreign_origin")
+                await JSONResponse(err.body, err.status)(scope, receive, send_on)
+            elif self.keys and not self._may_pass(scope["method"], path, headers):
                 err = ApiError(
                     401, "a valid API key is needed, as `Authorization: Bearer KEY`.", code="invalid_api_key"
                 )
@@ -101,6 +109,13 @@ class Gate:
                 line = {"time": round(time.time(), 3), "request_id": id, "method": scope["method"], "path": path}
                 line |= {"status": status or 499, "elapsed_s": elapsed_s, **facts}
                 log.info(json.dumps(line, ensure_ascii=False))
+
+    def _is_from_here(self, headers: dict[bytes, bytes]) -> bool:
+        """Tell whether neither Host nor Origin name another machine, as they do when a web page attacks its reader."""
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin not in self.origins and urlsplit(origin).hostname not in LOOPBACK:
+            return False
+        return urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1")).hostname in LOOPBACK
 
     def _may_pass(self, method: str, path: str, headers: dict[bytes, bytes]) -> bool:
         if path in OPEN_PATHS or method == "OPTIONS":

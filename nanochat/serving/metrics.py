@@ -43,7 +43,8 @@ class Metrics:
 
     def count(self, answers: Answers, elapsed_s: float) -> None:
         """Count a request that has ended, whole or not."""
-        name, tokens = answers.model.name, sum(answers.completion_tokens)
+        name = answers.model.name
+        tokens = sum(answers.completion_tokens) - sum(request.continued for request in answers.requests)
         self.prompt.labels(name).inc(answers.prompt_tokens)
         self.generation.labels(name).inc(tokens)
         if answers.first_token_s is not None:

@@ -14,17 +14,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nanochat.data.tokenizer import Tokenizer
+from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.inference.engine import Request
 from nanochat.serving.backend import ServedModel
 from nanochat.serving.errors import ApiError, refused
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 256
+MAX_BIASES = 300
+MAX_TOKENIZE_CHARS = 200_000
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, of /v1/completions."""
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Id = Annotated[int, Field(ge=0, lt=1 << 32)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -50,17 +53,19 @@ class SamplingBody(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = (
+        None
+    )
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     return_token_ids: bool | None = None
-    continue_token_ids: list[Id] | None = None
+    continue_token_ids: Ids | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -125,7 +130,7 @@ class TokenizeBody(_Body):
     """The body of /tokenize."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Annotated[str, Field(max_length=MAX_TOKENIZE_CHARS)] | None = None
     messages: list[Any] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -136,7 +141,7 @@ class DetokenizeBody(_Body):
     """The body of /detokenize."""
 
     model: str | None = None
-    tokens: list[Id]
+    tokens: Ids
 
 
 Kind = Literal["chat", "completion"]
@@ -210,6 +215,8 @@ def _bias(body: SamplingBody, tokenizer: Tokenizer) -> dict[int, float]:
         if not (key.isascii() and key.isdigit() and len(key) < 12):
             raise refused("logit_bias", "keys must be token ids written as strings.")
         bias[_checked(int(key), "logit_bias", tokenizer)] = -math.inf if value == -100 else value
+    if sum(value == -math.inf for value in bias.values()) >= tokenizer.vocab_size - len(SPECIAL_TOKENS):
+        raise refused("logit_bias", "bans every token. Leave some.")
     return bias
 
 
@@ -228,5 +235,5 @@ def check_answer(tokenizer: Tokenizer, ids: Sequence[int], ends: frozenset[int])
         if inside and id >= tokenizer.bos and id != told:
             raise refused(param, f"{id} cannot stand in a tool's output.")
         inside = (inside or id == output) and id != told
-    if inside or ids[-1] == called:
+    if inside:
         raise refused(param, "must not end inside a tool's output. Send the ids as whole as they came.")

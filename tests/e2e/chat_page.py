@@ -134,7 +134,7 @@ def backend(shared_endpoint) -> ScriptedBackend:
     return shared_endpoint[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its driver keeps an event loop running in this thread: other modules have their own
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

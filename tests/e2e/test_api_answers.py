@@ -179,7 +179,7 @@ def test_an_answer_with_a_call_goes_on_from_every_cut_outside_the_tools_output(n
     first, last = CALC.index(CALL_END), CALC.index(OUTPUT_END)
     for cut in range(1, len(CALC)):
         answer = native.chat(model="calc", continue_token_ids=CALC[:cut], return_token_ids=True, return_parts=True)
-        if first < cut <= last:
+        if first + 1 < cut <= last:  # right after the call the tool is asked again
             check_error(answer, 400, param="continue_token_ids")
             continue
         body = answer.json()
@@ -197,7 +197,7 @@ def test_completions_go_on_too(native):
 
 @pytest.mark.parametrize(
     "ids",
-    [[END], [65, END], [10**6], [-1], ["a"], "abc", [OUTPUT_START], [OUTPUT_END], [65, CALL_END],
+    [[END], [65, END], [10**6], [-1], ["a"], "abc", [OUTPUT_START], [OUTPUT_END],
      [65, OUTPUT_START, 66], [CALL_END, 65], [CALL_END, OUTPUT_START, 65], [TOKENIZER.bos], [65] * 300, [1.5], [True]],
     ids=str,
 )  # fmt: skip

@@ -46,7 +46,8 @@ def check_idle(server: Server, timeout_s: float = 2.0) -> None:
 
 def bytes_of(path: str, body: dict) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 

@@ -30,7 +30,8 @@ TEXTS = [
 def raw_stream(port: int, body: dict, path: str = "/v1/chat/completions") -> tuple[socket.socket, bytes]:
     """Send a request by hand; returns the socket and the first bytes of the answer."""
     data = json.dumps({"model": "sft", "messages": HELLO, "stream": True, **body}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
     connection.sendall(head.encode() + data)
     return connection, connection.recv(1 << 16)

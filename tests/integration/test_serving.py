@@ -172,6 +172,6 @@ def test_the_job_serves_until_ctrl_c_and_lets_an_answer_finish(tmp_path):
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    assert ready == 503
+    assert ready in (503, 404), "it says that it ends, or is not routed to any more"
     assert outcome.is_complete
     assert len(outcome.tokens) == 800

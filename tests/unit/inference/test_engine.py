@@ -387,7 +387,8 @@ class Script:
         events = []
         for id, (wanted, count) in list(self.requests.items()):
             token = self.says[len(wanted.prompt) + count - self.prompt]
-            reason = "stop" if token in wanted.stop_tokens else "length" if count + 1 == wanted.max_new_tokens else None
+            is_end = token in wanted.stop_tokens | wanted.break_tokens
+            reason = "stop" if is_end else "length" if count + 1 == wanted.max_new_tokens else None
             events.append(Event(id, token, reason))
             self.requests[id] = (wanted, count + 1)
             if reason:
@@ -424,14 +425,51 @@ def test_a_call_is_answered_by_forced_tokens_and_the_model_goes_on():
 def test_an_answer_that_is_continued_after_any_token_is_what_it_would_have_been():
     told = [OUTPUT, *spelled("5"), TOLD]
     says = [*spelled("So "), CALL, *spelled("2+3"), CALLED, *told, *spelled("5."), END]
-    for cut in [0, 1, 3, 4, 5, 7, *range(11, len(says))]:
+    for cut in [0, 1, 3, 4, 5, 7, 8, *range(11, len(says))]:
         engine = Script(says, prompt=2)
         rest = Request(
             prompt=(1, 2, *says[:cut]), max_new_tokens=100 - cut, stop_tokens=frozenset({END}), continued=cut
         )
         assert complete(ToolLoop(engine, TOKENIZER), [rest])[0].tokens == says[cut:]
-        assert engine.added[0].continued == cut
+        assert engine.added[0].continued == (11 if cut == 8 else cut), "a call at its end is answered first"
         assert engine.added[-1].max_new_tokens == 100 - (11 if cut < 11 else cut)
+
+
+def test_the_least_length_does_not_reach_into_a_call():
+    """A call ends where the model ends it, also before `min_new_tokens`."""
+    model = random_model()
+    free = request([5, 7], temperature=1.0, stop_tokens=frozenset())
+    tokens = complete(Engine(model), [free])[0].tokens
+    asked = replace(free, break_tokens=frozenset({tokens[9]}), min_new_tokens=24)
+    completion = complete(Engine(model), [asked])[0]
+    assert completion.tokens == tokens[: tokens.index(tokens[9]) + 1]
+    assert completion.finish_reason == "stop"
+
+
+def test_a_request_that_comes_back_from_a_tool_does_not_queue_again():
+    model = random_model()
+    engine = Engine(model, max_running=1)
+    ids = [engine.add(request([5 + number], max_new_tokens=2, stop_tokens=frozenset())) for number in range(4)]
+    engine.step()
+    back = engine.add(request([9, 9], max_new_tokens=1, continued=1, stop_tokens=frozenset()))
+    order = []
+    while len(order) < 5:
+        order += [event.id for event in engine.step() if event.finish_reason]
+    assert order == [ids[0], back, *ids[1:]]
+
+
+@pytest.mark.parametrize("count", [2, 4, 9])
+def test_several_answers_to_one_new_prompt_compute_it_once(count, monkeypatch):
+    model = long_model()
+    engine, computed, prompt = Engine(model), [], prompt_of(200)
+    make = engine.cache.batch
+    monkeypatch.setattr(
+        engine.cache, "batch", lambda chunks: computed.extend(len(one.tokens) for one in chunks) or make(chunks)
+    )
+    answers = complete(engine, [request(prompt, max_new_tokens=1, temperature=1.0, seed=n) for n in range(count)])
+    assert sum(computed) == 200 + (count - 1) * (200 - 192)
+    alone = complete(Engine(model), [request(prompt, max_new_tokens=1, temperature=1.0, seed=count - 1)])[0]
+    assert answers[-1] == alone
 
 
 def test_two_calls_and_a_call_without_a_result():

@@ -111,3 +111,16 @@ def test_a_token_without_probability_is_never_drawn_at_the_ends(uniform):
     logits_BV = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
     drawn = sample_tokens(logits_BV, [Sampling(temperature=1.0)], [uniform])
     assert drawn.item() in (1, 2)
+
+
+@pytest.mark.parametrize("own", [{"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.9}], ids=str)
+def test_equal_logits_are_drawn_from_whatever_others_ask_for(own):
+    """In bfloat16 many logits are equal: which of them are left does not depend on the rows beside them."""
+    logits_BV = torch.randn(200, 500, generator=generator(3)).bfloat16().float()
+    assert len(logits_BV[0].unique()) < 450
+    uniforms = np.random.default_rng(5).random(200).tolist()
+    sampling = Sampling(temperature=1.0, **own)
+    alone = sample_tokens(logits_BV, [sampling] * 200, uniforms)
+    for other in ({"top_k": 37}, {"top_k": 400}, {"top_p": 0.5}, {}):
+        mixed = [sampling, Sampling(temperature=1.0, **other)] * 100
+        assert torch.equal(sample_tokens(logits_BV, mixed, uniforms)[::2], alone[::2])
