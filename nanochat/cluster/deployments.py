@@ -12,7 +12,7 @@ import logging
 import operator
 import time
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import psutil
@@ -94,17 +94,18 @@ class Endpoint:
 def build_app(args: dict[str, Any]) -> serve.Application:
     """Return the application of a Serve config file; args are fields of ServingConfig and ReplicasConfig.
 
-    Raises: ConfigError if a field is none or breaks its rule, or others could come without a key; CheckpointError if
-    there is no such model.
+    Where the endpoint listens is said in the file's http_options alone. Raises: ConfigError if a field is none or
+    breaks its rule, or others could come without a key; CheckpointError if there is no such model.
     """
-    # The file's http_options are not known here, so without a word on the host keys are asked for.
-    serving = replace(_from_args(ServingConfig, {"host": "0.0.0.0", **args}), port=0)
-    replicas = _from_args(ReplicasConfig, args)
-    from nanochat.serving.gate import api_keys
-
-    known = {one.name for config in (ServingConfig, ReplicasConfig) for one in fields(config)}
+    known = {one.name for config in (ServingConfig, ReplicasConfig) for one in fields(config)} - {"host", "port"}
     if unknown := set(args) - known - {"backend"}:
         raise ConfigError(f"{min(unknown)}: is no setting of the endpoint. These are: {', '.join(sorted(known))}")
+    from nanochat.serving.gate import api_keys
+
+    # ServingConfig's host is where Serve's proxies listen: what others can reach is not left to a second setting.
+    host = serve.context._get_global_client().http_config.host
+    serving = _from_args(ServingConfig, {**args, "host": host, "port": 0})
+    replicas = _from_args(ReplicasConfig, args)
     api_keys(serving)
     return application(pinned(serving, log.warning), replicas, args.get("backend", NATIVE_BACKEND))
 

@@ -34,7 +34,7 @@ def endpoint_session(
     Raises: ConfigError if the address cannot be listened on; CheckpointError if there is no such model; ClusterError if
     no replica starts.
     """
-    serving = pinned(check_address(serving), terminal.line)
+    serving = pinned(serving if is_joined(cluster) else check_address(serving), terminal.line)
     terminal.line(f"models     {', '.join(serving.models)}")
     with serve_session(serving, replicas, cluster, log_path) as address:
         from nanochat.cluster.deployments import deploy, end
@@ -66,11 +66,11 @@ def run_endpoint(
 
     from nanochat.serving.gate import api_keys
 
+    keys = api_keys(serving)
     with endpoint_session(serving, replicas, cluster, log_path, terminal) as address, on_interrupt(stop):
         terminal.line(f"page       {address}/")
         terminal.line(f"API        {address}/v1")
         name = serving.models[0].partition("=")[0]
-        keys = api_keys(serving)
         terminal.line(curl_line(address, {"id": name}, bool(keys)))
         if is_check:
             terminal.line(f"answer     {one_answer(address, name, keys[0].decode() if keys else None)}")
@@ -99,10 +99,10 @@ def serve_session(
     """Join or start Ray, and Serve with one proxy, for the time of the block; yield the proxy's address.
 
     In a joined cluster the proxy is what the cluster's own environment says; in an own one HAProxy, where there is one.
+    Raises: ConfigError if the cluster serves already, at another address.
     """
     set_serve_environment()
-    is_joined = cluster.address is not None or "RAY_ADDRESS" in os.environ
-    folder = private_folder() if replicas.haproxy and has_haproxy() and not is_joined else None
+    folder = private_folder() if replicas.haproxy and has_haproxy() and not is_joined(cluster) else None
     if folder is not None:
         os.environ.update(haproxy_environment(folder, serving, replicas))
     try:
@@ -112,14 +112,26 @@ def serve_session(
             from ray import serve
 
             logging.getLogger("ray.serve").handlers[:] = logging.getLogger("ray").handlers
+            found = serve.context._get_global_client(raise_if_no_controller_running=False)
+            if found and (found.http_config.host, found.http_config.port) != (serving.host, serving.port):
+                raise ConfigError(
+                    f"host={serving.host}, port={serving.port}: the cluster's Serve listens at "
+                    f"{found.http_config.host}, {found.http_config.port} already. Name these, or `serve shutdown` it."
+                )
             serve.start(proxy_location="HeadOnly", http_options={"host": serving.host, "port": serving.port})
             try:
                 yield address_of(serving)
             finally:
-                serve.shutdown()
+                if not found:  # else others may be served there
+                    serve.shutdown()
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_joined(cluster: ClusterConfig) -> bool:
+    """Tell whether a Ray cluster is to be used that others have started."""
+    return cluster.address is not None or "RAY_ADDRESS" in os.environ
 
 
 def set_serve_environment() -> None:
@@ -144,10 +156,7 @@ def pinned(serving: ServingConfig, note: Callable[[str], None]) -> ServingConfig
 
 
 def check_address(serving: ServingConfig) -> ServingConfig:
-    """Return a config whose port is known and free. Raises: ConfigError if it is taken, or open to all without keys."""
-    from nanochat.serving.gate import api_keys
-
-    api_keys(serving)
+    """Return a config whose port is known and free. Raises: ConfigError if it is taken."""
     if serving.port == 0:
         return replace(serving, port=free_ports(1)[0])
     try:

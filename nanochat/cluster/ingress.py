@@ -95,6 +95,9 @@ def haproxy_environment(folder: str, serving: ServingConfig, replicas: ReplicasC
         # last streams finish still takes a request on an idle connection, when its replicas may all be gone.
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
         "RAY_SERVE_HAPROXY_RETRIES": str(replicas.max_replicas + 3),
+        # One whose process ended before a byte of the answer goes on too: an answer may be computed twice, no state
+        # changes by it. HAProxy holds what fits its buffer of 16 KiB; a longer body gets 502.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         # When replicas change a new process takes over, and the old one ends with its streams: or when this is over.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(serving.request_s) + 60),
         BINARY: os.environ.get(BINARY) or get_haproxy_binary(),  # the latter would find an outer run's program

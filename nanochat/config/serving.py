@@ -40,8 +40,8 @@ class ServingConfig:
     """A request that has not ended by then ends with an error."""
     stall_s: float = 60.0
     """A request that has begun and gets no token for so long ends with an error."""
-    max_body_bytes: int = 2 << 20
-    """Larger request bodies are refused."""
+    max_body_bytes: int = 1 << 19
+    """Larger request bodies are refused: to tokenize so much stops all streams for 40 ms."""
     max_messages: int = 500
     """Messages of a conversation at most."""
     max_n: int = 16

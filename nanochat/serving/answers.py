@@ -18,45 +18,78 @@ from nanochat.serving.backend import Backend, BackendDeadError, ServedModel
 from nanochat.serving.errors import ApiError, overloaded, refused
 
 
+class Admission:
+    """What is let in: as many answers, and tokens of prompts, as are computed together and may wait behind them.
+
+    The same share of tokens may wait as of answers, in proportion to the cache: a small cache that long prompts fill
+    refuses before the answers are too many. Lives in the event loop, so what is counted is exact.
+    """
+
+    def __init__(self, backend: Backend, config: ServingConfig) -> None:
+        self.backend, self.config = backend, config
+        self._answers: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+
+    def enter(self, model: str, answers: int, tokens: int) -> None:
+        """Count a request's answers and prompt tokens as open. Raises: ApiError if that is too much, or none works."""
+        config, load = self.config, self.backend.load()
+        if load.waiting and load.waiting + answers > config.max_waiting:
+            raise overloaded(f"{load.waiting} requests are waiting already, at most {config.max_waiting} may.")
+        limit = config.max_running + config.max_waiting
+        if self._answers[model] + answers > limit:
+            raise overloaded(f"{self._answers[model]} answers of {model} are open, at most {limit} may be.")
+        tokens_limit = load.kv_tokens // len(self.backend.models) * limit // config.max_running
+        if self._tokens[model] and self._tokens[model] + tokens > tokens_limit > 0:
+            raise overloaded(
+                f"{self._tokens[model]} tokens of prompts to {model} are open, at most {tokens_limit} may be."
+            )
+        if not self.backend.is_healthy:
+            raise ApiError(503, "the engine has died; the replica is being replaced.", code="engine_dead")
+        self._answers[model] += answers
+        self._tokens[model] += tokens
+
+    def leave(self, model: str, answers: int, tokens: int) -> None:
+        """Make room for others."""
+        self._answers[model] -= answers
+        self._tokens[model] -= tokens
+
+
 class Answers:
     """The answers to one HTTP request, in the order of its prompts, n for each."""
 
     def __init__(
-        self, backend: Backend, config: ServingConfig, model: ServedModel, requests: Sequence[Request],
-        stops: Sequence[str], n: int, open_answers: Counter[str],
-    ) -> None:  # fmt: skip
+        self, admission: Admission, model: ServedModel, requests: Sequence[Request], stops: Sequence[str], n: int
+    ) -> None:
         """Take what the engine is asked, `n` requests for each prompt, and count it as open until `close`.
 
-        Raises: ApiError if too much is waiting already, or the engine is dead.
+        Raises: ApiError if it is not let in.
         """
-        waiting = backend.load().waiting
-        if waiting and waiting + len(requests) > config.max_waiting:
-            raise overloaded(f"{waiting} requests are waiting already, at most {config.max_waiting} may.")
-        limit = config.max_running + config.max_waiting
-        if open_answers[model.name] + len(requests) > limit:
-            raise overloaded(f"{open_answers[model.name]} answers of {model.name} are open, at most {limit} may be.")
-        if not backend.is_healthy:
-            raise ApiError(503, "the engine has died; the replica is being replaced.", code="engine_dead")
-        self.backend, self.config, self.model, self.requests, self.stops = backend, config, model, requests, stops
-        self.n, self.began_s = n, time.monotonic()
+        self.backend, self.config, self.model = admission.backend, admission.config, model
+        self.requests, self.stops, self.n, self.began_s = requests, stops, n, time.monotonic()
         self.first_token_s: float | None = None
         """Seconds until something came."""
         self.completion_tokens = [request.continued for request in requests]
         self.finish_reasons: list[str | None] = [None] * len(requests)
-        self.cached_tokens = 0
-        self._open_answers, self._is_open = open_answers, True
-        open_answers[model.name] += len(requests)
+        self._cached = [0] * len(requests)
+        self._admission = admission
+        admission.enter(model.name, len(requests), self.prompt_tokens)
+        self._is_open = True
 
     def close(self) -> None:
         """Make room for others; once is enough."""
         if self._is_open:
             self._is_open = False
-            self._open_answers[self.model.name] -= len(self.requests)
+            self._admission.leave(self.model.name, len(self.requests), self.prompt_tokens)
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompts; a prompt with several answers counts once."""
         return sum(len(one.prompt) - one.continued for one in self.requests[:: self.n])
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that none of their answers had to compute."""
+        return sum(min(self._cached[begin : begin + self.n]) for begin in range(0, len(self._cached), self.n))
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield (number of the answer, piece) as they come. Raises: ApiError."""
@@ -112,7 +145,7 @@ class Answers:
                     has_begun, limit_s = True, config.stall_s
                     self.first_token_s = self.first_token_s or came_s - self.began_s
                     if events[0].prompt is not None:
-                        self.cached_tokens += events[0].prompt.cached_tokens
+                        self._cached[number] = events[0].prompt.cached_tokens
                 piece = text.push(events)
                 self.completion_tokens[number] += len(piece.events)
                 if piece.events or piece.finish_reason:

@@ -6,7 +6,6 @@ Bodies are read and checked here, not by FastAPI: so they are bounded, and every
 import asyncio
 import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import resources
@@ -23,7 +22,7 @@ from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPECIAL_TOKENS
 from nanochat.inference.engine import Request as TokenRequest
 from nanochat.inference.text_stream import Piece
-from nanochat.serving.answers import Answers
+from nanochat.serving.answers import Admission, Answers
 from nanochat.serving.backend import Backend, ServedModel
 from nanochat.serving.errors import ApiError, http_error, invalid_body, refused
 from nanochat.serving.event_stream import ClientGoneError, EventStream, event, unless_gone
@@ -96,7 +95,7 @@ class _Endpoint:
         self.backend, self.config, self.app = backend, config, app
         self.metrics = Metrics(backend)
         app.state.draining = False
-        self.open_answers: Counter[str] = Counter()
+        self.admission = Admission(backend, config)
         self._page = resources.files("nanochat.serving").joinpath("ui.html").read_text("utf-8")
 
     async def page(self) -> Response:
@@ -199,9 +198,7 @@ class _Endpoint:
         self, request: Request, body: ChatBody | CompletionBody, model: ServedModel, requests: list[TokenRequest]
     ) -> Response:
         """Return answers whole or as a stream, whose first event has come."""
-        answers = Answers(
-            self.backend, self.config, model, requests, body.stops, body.n or 1, self.open_answers
-        )  # fmt: skip
+        answers = Answers(self.admission, model, requests, body.stops, body.n or 1)
         facts = request.state.facts
         facts |= {"model": answers.model.name, "stream": bool(body.stream), "prompt_tokens": answers.prompt_tokens}
         if self.config.log_contents:
@@ -212,7 +209,7 @@ class _Endpoint:
             if not body.stream:
                 return await unless_gone(request, self._whole(body, shape, facts))
             events = self._events(body, shape, facts)
-            first = await unless_gone(request, _next(events))
+            first = await unless_gone(request, anext(events))
             is_handed_on = True
             return EventStream(_chain(first, events), self.config.request_s + SEND_SPARE_S, answers.close)
         except ClientGoneError:
@@ -323,10 +320,6 @@ def _inlined(body: type[BaseModel]) -> dict[str, Any]:
         return [walk(value) for value in one] if isinstance(one, list) else one
 
     return walk(schema)
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events)
 
 
 async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -40,6 +40,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers that go with it."""
         retried = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            return {"Connection": "close"}
         return retried | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 

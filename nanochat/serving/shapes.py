@@ -149,7 +149,7 @@ def usage(body: ChatBody | CompletionBody, answers: Answers) -> dict[str, Any]:
         "prompt_tokens": answers.prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": answers.prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": min(answers.cached_tokens, answers.prompt_tokens)},
+        "prompt_tokens_details": {"cached_tokens": answers.cached_tokens},
     }
 
 

@@ -171,6 +171,23 @@ def test_39_a_dead_engine_is_503_with_retry_after(scripted):
     assert scripted.get("/v1/models").status_code == 200
 
 
+def test_39_a_small_cache_refuses_long_prompts_before_the_answers_are_too_many():
+    with serving(ScriptedBackend(), max_running=4, max_waiting=4) as server:  # 1,024 tokens, so 1,024 may be open
+        server.backend.script.ids, server.backend.script.token_s = ids_of("a" * 60), 0.02
+        long = [{"role": "user", "content": "b" * 140}]
+        statuses: list[int] = []
+        threads = [threading.Thread(target=lambda: statuses.append(server.chat(long).status_code)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert sorted(statuses) == [200] * 7 + [429]
+        assert server.chat(long).status_code == 200, "what has ended makes room"
+    longer = [{"role": "user", "content": "c" * 200}]
+    with serving(ScriptedBackend(), max_running=64, max_waiting=0) as server:
+        assert server.chat(longer).status_code == 200, "alone it always comes in"
+
+
 def test_39_a_real_engine_refuses_what_is_too_much_and_serves_the_rest():
     from api_backends import MAX_RUNNING, native_backend
 
@@ -282,6 +299,17 @@ def test_41_a_limit_that_does_not_fit_behind_the_prompt_is_never_passed(native):
     else:
         assert answer.json()["usage"]["total_tokens"] == CAPACITY
         assert answer.json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_41_a_body_that_never_comes_is_408_and_the_connection_closes(native, monkeypatch):
+    monkeypatch.setattr("nanochat.serving.app.BODY_TIMEOUT_S", 0.2)
+    with socket.create_connection(("127.0.0.1", native.port), timeout=5) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        answer = b""
+        while data := connection.recv(1 << 12):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body_timeout" in answer
 
 
 def test_41_a_body_that_never_comes_does_not_stop_others(native):

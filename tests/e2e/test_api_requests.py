@@ -6,6 +6,8 @@ import pytest
 from api_backends import BOS, CAPACITY, END, TOKENIZER, ids_of
 from api_server import HELLO, check_error, text_of
 
+from nanochat.inference.paged_cache import PAGE_TOKENS
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(30)]
 USER, USER_END, ANSWER = (TOKENIZER.special(f"<|{name}|>") for name in ("user_start", "user_end", "assistant_start"))
 FIXED = {"seed": 7, "temperature": 1.0, "max_tokens": 12, "return_token_ids": True}
@@ -275,7 +277,17 @@ def test_17_stops_that_are_none_are_refused(scripted):
 
 def test_19_n_answers_have_their_own_index_and_one_prefill(native):
     long = [{"role": "user", "content": "n answers to this " * 9}]
+
+    def found() -> int:
+        """Tokens that the prefix cache has given since the start."""
+        lines = native.get("/metrics").text.splitlines()
+        return sum(int(float(line.split()[-1])) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    before = found()
     body = native.chat(long, n=4, **FIXED).json()
+    full_pages = (body["usage"]["prompt_tokens"] - 1) // PAGE_TOKENS * PAGE_TOKENS
+    assert found() - before == 3 * full_pages > 300, "one computes the prompt, the others wait for its pages"
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     choices = body["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
     assert len({tuple(choice["token_ids"]) for choice in choices}) == 4

@@ -190,6 +190,7 @@ def test_a_key_is_asked_for_and_sent(open_page, backend, tmp_path: Path) -> None
         expect(box.get_by_text("asks for an API key")).to_be_visible()
         box.get_by_label("API key", exact=True).fill("sesame")
         box.get_by_role("button", name="Save").click()
+        page.get_by_role("heading", name="What shall we talk about?").wait_for()
         ask(page, "open")
         expect(last(page)).to_contain_text("sft hears: open")
         assert page.evaluate("[sessionStorage['nanochat.key'], localStorage['nanochat.key']]") == ["sesame", None]

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,54 @@ def test_the_streaming_benchmark_writes_its_numbers(text, tmp_path):
     assert 1e4 < written["results"]["stream_tokens_per_s"] < 1e12
     assert written["results"]["stream_steps"] >= 4
     assert f"{written['results']['stream_tokens_per_s']:,.0f}" in said
+
+
+TOPICS = ("the sky", "cats", "music", "Python", "a recipe", "history", "the moon", "football", "love", "money", "rain",
+          "dreams", "books", "trains", "coffee", "war", "peace", "time", "numbers", "the sea")  # fmt: skip
+PROMPTS = [f"Tell me about {topic}." for topic in TOPICS] + [f"Why is {topic} important?" for topic in TOPICS[:10]] + [
+    "Who are you?", "What can you do?", "Hello", "Hi there!", "How are you today?", "Write a poem.",
+    "Write a long story about a dragon.", "Count to one hundred.", "List all countries.", "Repeat the word banana.",
+    "asdf qwer zxcv", "1 2 3 4 5 6 7 8", "Spell the word strawberry.", "How many r are in strawberry?",
+    "Mia has 37 apples and buys 58 more. How many apples does Mia have now?", "def f(x):", "Wer bist du?",
+    "A box holds 24 pens. How many pens are in 6 boxes?", "Explain how a list comprehension works.",
+    "What is the meaning of life?",
+]  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_no_answer_of_the_demos_model_goes_round_in_circles(tmp_path):
+    """50 prompts, three seeds, the checkpoint's own sampling: in no answer are any 8 tokens there three times.
+
+    NANOCHAT_DEMO_RUN names the run directory of a demo that is trained; without it one is trained, 8 minutes.
+    """
+    from nanochat.data.conversations import exchange, render_prompt
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.inference.engine import Engine, Request, complete
+    from nanochat.inference.load import load_model
+    from nanochat.inference.tool_loop import ToolLoop
+    from nanochat.run_context import RunContext
+    from nanochat.training.checkpoint import named_checkpoint, tokenizer_of
+
+    run_dir = os.environ.get("NANOCHAT_DEMO_RUN")
+    if run_dir is None:
+        run_dir = str(tmp_path / "demo")
+        command("demo", "--run-dir", run_dir, timeout_s=1000, compiled=True)
+    checkpoint = named_checkpoint(run_dir, "sft", pytest.fail)
+    tokenizer = Tokenizer.load(tokenizer_of(run_dir, checkpoint.folder))
+    engine = Engine(load_model(checkpoint, tokenizer, RunContext()), max_running=32)
+    ends = frozenset({tokenizer.special("<|assistant_end|>"), tokenizer.bos})
+    prompts = [tuple(render_prompt(tokenizer, exchange(prompt, ""))) for prompt in PROMPTS]
+    requests = [
+        Request(
+            prompt=prompt, max_new_tokens=engine.capacity - len(prompt), stop_tokens=ends, seed=seed,
+            **checkpoint.generation,
+        )
+        for seed in range(3)
+        for prompt in prompts
+    ]  # fmt: skip
+    answers = complete(ToolLoop(engine, tokenizer), requests)
+    assert len(answers) == 150
+    for request, answer in zip(requests, answers, strict=True):
+        found = Counter(tuple(answer.tokens[at : at + 8]) for at in range(len(answer.tokens) - 7))
+        assert max(found.values(), default=0) < 3, tokenizer.decode([*request.prompt, *answer.tokens])

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from serving_client import note, replica_pids, run, serving_ray, stream
 from tiny_chat_run import write_tiny_chat_run
 
 from nanochat.config.replicas import ReplicasConfig
-from nanochat.errors import ClusterError
+from nanochat.errors import ClusterError, ConfigError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -146,7 +147,16 @@ def test_the_job_serves_until_ctrl_c_and_lets_an_answer_finish(tmp_path):
     from nanochat.cluster.ingress import free_ports
 
     folder, (port,) = write_tiny_chat_run(tmp_path / "run", sequence_len=1024), free_ports(1)
-    command = [sys.executable, "ray_jobs/serve.py", "--run-dir", str(folder), "--port", str(port), "--dtype", "float32"]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "ray_jobs/serve.py"),
+        "--run-dir",
+        str(folder),
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+    ]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         lines = []
@@ -175,3 +185,46 @@ def test_the_job_serves_until_ctrl_c_and_lets_an_answer_finish(tmp_path):
     assert ready in (503, 404), "it says that it ends, or is not routed to any more"
     assert outcome.is_complete
     assert len(outcome.tokens) == 800
+
+
+@pytest.mark.slow
+def test_the_config_file_is_served(tmp_path):
+    from nanochat.cluster.endpoint_session import wait_until_ready
+    from nanochat.cluster.ingress import free_ports
+
+    root, (port,) = Path(__file__).parents[2], free_ports(1)
+    config = yaml.safe_load((root / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = port
+    config["applications"][0]["args"] |= {"run_dir": str(write_tiny_chat_run(tmp_path / "run")), "replica_cpus": 0.5}
+    file = tmp_path / "serve_config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_SERVE", "RAY_ADDRESS"))}
+    environment |= {"PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"}
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until_ready(address)
+        outcome = run(lambda session: stream(session, address, HELLO | {"max_tokens": 8}, path=CHAT))
+        assert outcome.is_complete, outcome
+        os.kill(job.pid, signal.SIGINT)
+        assert job.wait(60) == 0
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def test_a_config_file_needs_keys_where_its_proxy_can_be_reached_by_others(endpoint, monkeypatch):
+    from ray import serve
+
+    from nanochat.cluster.deployments import build_app
+
+    _, serving = endpoint
+    args = {"run_dir": serving.run_dir}
+    assert build_app(args)  # this Serve listens on loopback
+    with pytest.raises(ConfigError, match="host: is no setting of the endpoint"):
+        build_app(args | {"host": "127.0.0.1"})
+    monkeypatch.setattr(serve.context._get_global_client().http_config, "host", "0.0.0.0")
+    with pytest.raises(ConfigError, match=r"host=0\.0\.0\.0: others could reach the endpoint without a key"):
+        build_app(args)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.inference.engine import Request
-from nanochat.serving.answers import Answers
+from nanochat.serving.answers import Admission, Answers
 from nanochat.serving.backend import Load, ServedModel
 from nanochat.serving.metrics import Metrics
 
@@ -45,7 +44,7 @@ def test_a_request_is_counted_once_with_its_times():
     backend = Idle()
     metrics = Metrics(backend)  # type: ignore[arg-type]
     requests = [Request(prompt=(1, 2, 3), max_new_tokens=20) for _ in range(2)]
-    answers = Answers(backend, ServingConfig(), MODEL, requests, [], 2, Counter())  # type: ignore[arg-type]
+    answers = Answers(Admission(backend, ServingConfig()), MODEL, requests, [], 2)  # type: ignore[arg-type]
     answers.first_token_s, answers.completion_tokens, answers.finish_reasons = 0.03, [11, 11], ["stop", None]
     metrics.count(answers, elapsed_s=1.03)
     found = values(metrics)
