@@ -102,7 +102,8 @@ def load_session(config: ChatConfig) -> tuple[Any, str]:
     top_k = int(own.get("top_k", 0)) if config.top_k is None else config.top_k
     session = ChatSession(
         ToolLoop(engine, tokenizer), tokenizer, engine.capacity, max_new_tokens=config.max_new_tokens,
-        temperature=temperature, top_k=top_k or None, seed=config.seed,
+        temperature=temperature, top_k=top_k or None, repetition_penalty=own.get("repetition_penalty", 1.0),
+        seed=config.seed,
     )  # fmt: skip
     return session, checkpoint.folder
 

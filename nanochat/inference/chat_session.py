@@ -21,11 +21,12 @@ class ChatSession:
 
     def __init__(
         self, source: TokenSource, tokenizer: Tokenizer, capacity: int, *, max_new_tokens: int = 256,
-        temperature: float = 0.0, top_k: int | None = None, seed: int = 0,
+        temperature: float = 0.0, top_k: int | None = None, repetition_penalty: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
         """Take a source of tokens, as a ToolLoop over an Engine, whose requests hold at most `capacity` tokens."""
         self.source, self.tokenizer, self.capacity = source, tokenizer, capacity
         self.max_new_tokens, self.temperature, self.top_k, self.seed = max_new_tokens, temperature, top_k, seed
+        self.repetition_penalty = repetition_penalty
         self.turns: list[list[int]] = []
         """Ids of each turn, of user and assistant alternately."""
         self.forgotten = 0
@@ -62,7 +63,7 @@ class ChatSession:
         request = Request(
             prompt=prompt, max_new_tokens=min(self.max_new_tokens, self.capacity - len(prompt)),
             stop_tokens=frozenset({self._end, self.tokenizer.bos}), temperature=self.temperature, top_k=self.top_k,
-            seed=self.seed,
+            repetition_penalty=self.repetition_penalty, seed=self.seed,
         )  # fmt: skip
         self.seed += 1
         said: list[int] = []

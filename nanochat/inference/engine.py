@@ -22,7 +22,7 @@ import torch
 from nanochat.errors import ConfigError
 from nanochat.inference.page_pool import ROOT, PagePool
 from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pages_for
-from nanochat.inference.sampling import Sampling, move_logits, sample_tokens
+from nanochat.inference.sampling import Sampling, Seen, move_logits, sample_tokens
 from nanochat.model.gpt import GPT
 
 CHUNK_TOKENS = 96
@@ -124,6 +124,8 @@ class _Sequence:
     """Tokens of the prompt that it did not compute itself."""
     likelihoods: list[Likelihood] = field(default_factory=list)
     """Of the prompt's tokens from the second on."""
+    seen: Seen | None = None
+    """Its tokens, if penalties ask for them."""
 
     @property
     def left(self) -> int:
@@ -318,17 +320,20 @@ class Engine:
         logits_BV = self.model.logits(hidden_BC)
         judged = {row: logits_BV[row].clone() for row, one in enumerate(requests) if one.logprobs is not None}
         for row, (request, sequence, count) in enumerate(zip(requests, sequences, counts)):
-            if not request.is_plain:
-                said = len(request.prompt) - request.continued
-                move_logits(logits_BV[row], request, sequence.tokens[:said], sequence.tokens[said:])
+            if request.is_penalized and sequence.seen is None:
+                asked = len(request.prompt) - request.continued
+                sequence.seen = Seen(sequence.tokens[:asked], sequence.tokens[asked:])
             if request.continued + count < request.min_new_tokens:
                 logits_BV[row, list(request.stop_tokens)] = float("-inf")
+        move_logits(logits_BV, requests, [sequence.seen for sequence in sequences])
         uniforms = [uniform(one.seed, one.continued + count) for one, count in zip(requests, counts)]
         tokens = sample_tokens(logits_BV, requests, uniforms).tolist()
         events = []
         for row, (sequence, token, count) in enumerate(zip(sequences, tokens, counts, strict=True)):
             request = sequence.request
             sequence.tokens.append(token)
+            if sequence.seen is not None:
+                sequence.seen.add(token)
             reason: FinishReason | None = "length" if count + 1 == request.max_new_tokens else None
             if token in request.stop_tokens or token in request.break_tokens:
                 reason = "stop"

@@ -7,10 +7,11 @@ Sources: top-p: Holtzman et al. 2020 (arXiv 1904.09751); min-p: Nguyen et al. 20
 penalty: Keskar et al. 2019 (arXiv 1909.05858); presence and frequency penalties: OpenAI's API reference.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,27 +41,57 @@ class Sampling:
     """Added to the logits of tokens; minus infinity bans one."""
 
     @property
-    def is_plain(self) -> bool:
-        """Tell whether logits stay as they are."""
-        unmoved = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
-        return unmoved and not self.logit_bias
+    def is_penalized(self) -> bool:
+        """Tell whether what was said before moves logits."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
-def move_logits(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], completion: Sequence[int]) -> None:
-    """Apply a row's penalties and bias, in place."""
-    device = logits_V.device
-    if sampling.repetition_penalty != 1.0:
-        token_N = torch.tensor(sorted({*prompt, *completion}), dtype=torch.int64, device=device)
-        seen_N, penalty = logits_V[token_N], sampling.repetition_penalty
-        logits_V[token_N] = torch.where(seen_N > 0, seen_N / penalty, seen_N * penalty)
-    changes = {
-        token: -sampling.presence_penalty - sampling.frequency_penalty * count
-        for token, count in Counter(completion).items()
-    }
-    for token, bias in sampling.logit_bias.items():
-        changes[token] = changes.get(token, 0.0) + bias
-    if changes:
-        logits_V[torch.tensor(list(changes), device=device)] += torch.tensor(list(changes.values()), device=device)
+class Seen:
+    """The distinct tokens of a prompt and its completion, and how often each is in the completion; grows with it."""
+
+    def __init__(self, prompt: Iterable[int], completion: Iterable[int]) -> None:
+        self._places: dict[int, int] = {}
+        self._tokens, self._counts = array("q"), array("q")
+        for tokens, count in ((prompt, 0), (completion, 1)):
+            for token in tokens:
+                self.add(token, count)
+
+    def add(self, token: int, count: int = 1) -> None:
+        """Count a token of the completion."""
+        place = self._places.setdefault(token, len(self._tokens))
+        if place == len(self._tokens):
+            self._tokens.append(token)
+            self._counts.append(0)
+        self._counts[place] += count
+
+    def copied(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens and counts, int64 of shape (N,)."""
+        return np.array(self._tokens), np.array(self._counts)
+
+
+def move_logits(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Seen | None]) -> None:
+    """Apply the rows' penalties and biases, in place; rows that have none need nothing seen."""
+    rows, tokens, counts = [], [], []
+    for row, (sampling, one) in enumerate(zip(samplings, seen, strict=True)):
+        if sampling.is_penalized and one is not None:
+            token_N, count_N = one.copied()
+            rows.append(np.full_like(token_N, row))
+            tokens.append(token_N)
+            counts.append(count_N)
+    if rows:
+        row_N, token_N, count_N = (torch.from_numpy(np.concatenate(parts)) for parts in (rows, tokens, counts))
+        penalties_R3 = [(one.repetition_penalty, one.presence_penalty, one.frequency_penalty) for one in samplings]
+        repetition_N, presence_N, frequency_N = torch.tensor(penalties_R3, dtype=torch.float64)[row_N].T
+        taken_N = presence_N * (count_N > 0) + frequency_N * count_N
+        place = (row_N.to(logits_BV.device), token_N.to(logits_BV.device))
+        repetition_N, taken_N = (of.float().to(logits_BV.device) for of in (repetition_N, taken_N))
+        logit_N = logits_BV[place].float()
+        logit_N = torch.where(logit_N > 0, logit_N / repetition_N, logit_N * repetition_N) - taken_N
+        logits_BV[place] = logit_N.to(logits_BV.dtype)
+    for row, sampling in enumerate(samplings):
+        if sampling.logit_bias:
+            token_N = torch.tensor(list(sampling.logit_bias), device=logits_BV.device)
+            logits_BV[row, token_N] += torch.tensor(list(sampling.logit_bias.values()), device=logits_BV.device)
 
 
 def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:

@@ -182,10 +182,11 @@ def test_no_answer_of_the_demos_model_goes_round_in_circles(tmp_path):
     engine = Engine(load_model(checkpoint, tokenizer, RunContext()), max_running=32)
     ends = frozenset({tokenizer.special("<|assistant_end|>"), tokenizer.bos})
     prompts = [tuple(render_prompt(tokenizer, exchange(prompt, ""))) for prompt in PROMPTS]
+    generation = checkpoint.generation | {"top_k": int(checkpoint.generation["top_k"])}
     requests = [
         Request(
             prompt=prompt, max_new_tokens=engine.capacity - len(prompt), stop_tokens=ends, seed=seed,
-            **checkpoint.generation,
+            **generation,
         )
         for seed in range(3)
         for prompt in prompts

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.inference.sampling import Sampling, move_logits, sample_tokens
+from nanochat.inference.sampling import Sampling, Seen, move_logits, sample_tokens
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -97,13 +97,23 @@ def test_every_row_draws_by_its_own_parameters():
 
 def test_penalties_and_bias_by_hand():
     logits_V = torch.tensor([2.0, -2.0, 1.0, 0.5, 0.0, 3.0])
+    plain = Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1)
     sampling = Sampling(
         repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, logit_bias={3: 1.5, 4: -math.inf, 2: 1.0}
     )
-    move_logits(logits_V, sampling, prompt=[0, 1, 0], completion=[2, 2, 5])
-    assert logits_V.tolist() == [1.0, -4.0, 0.5 - 0.25 - 2 * 0.5 + 1.0, 2.0, -math.inf, 1.5 - 0.25 - 0.5]
-    assert not sampling.is_plain
-    assert Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1).is_plain
+    seen = Seen([0, 1, 0], [2])
+    for token in (2, 5):
+        seen.add(token)
+    biased = Sampling(logit_bias={0: 1.0})
+    logits_BV = logits_V.repeat(4, 1)
+    move_logits(logits_BV, [plain, sampling, biased, sampling], [None, seen, None, Seen([5], [])])
+    assert logits_BV[0].tolist() == logits_V.tolist()
+    assert logits_BV[1].tolist() == [1.0, -4.0, 0.5 - 0.25 - 2 * 0.5 + 1.0, 2.0, -math.inf, 1.5 - 0.25 - 0.5]
+    assert logits_BV[2].tolist() == [3.0, *logits_V[1:].tolist()]
+    assert logits_BV[3].tolist() == [2.0, -2.0, 2.0, 2.0, -math.inf, 1.5]
+    assert sampling.is_penalized
+    assert not plain.is_penalized
+    assert not biased.is_penalized
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
