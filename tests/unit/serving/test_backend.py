@@ -2,17 +2,23 @@
 
 import asyncio
 import random
+import uuid
 from contextlib import aclosing
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from nanochat.config.model import ModelConfig
+from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.engine import Engine, Event, Request, complete
+from nanochat.inference.tool_loop import ToolLoop
 from nanochat.model.gpt import GPT
 from nanochat.serving.backend import BackendDeadError, Hosted, NativeBackend, ServedModel
+from nanochat.storage import RunFolder
+from nanochat.training.checkpoint import CheckpointWriter, newest_of
 
 TOKENIZER = Tokenizer([], SPLIT_PATTERNS["nanochat"])
 
@@ -152,3 +158,34 @@ def test_closing_ends_who_still_waits(backend):
             await waiting
 
     asyncio.run(run())
+
+
+def write_chat_checkpoint(run_dir: str) -> str:
+    """A run directory with a tokenizer and one chat checkpoint; returns the checkpoint's folder."""
+    run, model = RunFolder(run_dir), random_model(7)
+    TOKENIZER.save(run.tokenizer)
+    writer = CheckpointWriter(run.sft.checkpoints, rank=0, world_size=1, keep=1, attempt="only")
+    state = {"model": asdict(model.config), "tokenizer_hash": TOKENIZER.hash, "stage": {"base_sha256": ""},
+             "generation": {"temperature": 0.5, "top_k": 7}}  # fmt: skip
+    writer.save(1, dict(model.named_parameters()), {}, state)
+    writer.wait()
+    return newest_of(run.sft, pytest.fail).folder
+
+
+@pytest.mark.parametrize("where", ["local", "uri"])
+def test_models_are_read_from_a_path_or_uri_and_answer_alike(tmp_path, where, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    run_dir = str(tmp_path / "run") if where == "local" else f"memory://{uuid.uuid4().hex}"
+    folder = write_chat_checkpoint(run_dir)
+    config = ServingConfig(run_dir=run_dir, models=("sft", f"other={folder}"), dtype="float32", max_running=2)
+    opened = NativeBackend.open(config)
+    try:
+        found = opened.models["other"]
+        assert (found.checkpoint, found.is_chat, found.capacity) == (folder, True, 128)
+        assert found.defaults == {"temperature": 0.5, "top_k": 7}
+        engine = Engine(random_model(7).prepare_for_inference())
+        expected = complete(ToolLoop(engine, TOKENIZER), [request()])[0].tokens
+        for name in ("sft", "other"):
+            assert asyncio.run(tokens_of(opened, name, request())) == expected
+    finally:
+        opened.close()
