@@ -70,6 +70,7 @@ def run_endpoint(
     with endpoint_session(serving, replicas, cluster, log_path, terminal) as address, on_interrupt(stop):
         terminal.line(f"page       {address}/")
         terminal.line(f"API        {address}/v1")
+        terminal.line(f"logs       {log_path}, which names the folder of Ray's; there serve/replica_*.log")
         name = serving.models[0].partition("=")[0]
         terminal.line(curl_line(address, {"id": name}, bool(keys)))
         if is_check:
@@ -102,6 +103,8 @@ def serve_session(
     Raises: ConfigError if the cluster serves already, at another address.
     """
     set_serve_environment()
+    if not is_joined(cluster):  # a control store of one's own that is gone does not come back: not 60 s of waiting
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     folder = private_folder() if replicas.haproxy and has_haproxy() and not is_joined(cluster) else None
     if folder is not None:
         os.environ.update(haproxy_environment(folder, serving, replicas))

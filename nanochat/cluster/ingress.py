@@ -9,10 +9,12 @@ proxy agrees without sharing anything; a request of no session gets a name of it
 Not covered: a cluster that is joined. There HAProxy is as the cluster set it up, see serve_config.yaml.
 """
 
+import ctypes
 import json
 import math
 import os
 import re
+import signal
 import socket
 import stat
 import sys
@@ -30,6 +32,7 @@ DRAIN_S = 3.0
 """A replica that is to end goes on accepting requests for so long: until the proxy knows (0.1 s, and its reload)."""
 LOAD_BOUND_PERCENT = 150
 """A session's replica with more than so much of the mean load hands new requests on to the next."""
+PUBLIC = "http_frontend"
 TIGHTENED = "# Serve's configuration, tightened by nanochat.cluster.ingress"
 COLD_START = "NANOCHAT_COLD_START_S"
 BINARY = "NANOCHAT_HAPROXY"
@@ -43,6 +46,8 @@ ERRORS = {
 }
 """What a client reads when no replica answers it."""
 RETRY_AFTER_S = 5
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2). Else HAProxy would hold its port, and answer 503, when its cluster was killed."""
 
 
 def has_haproxy() -> bool:
@@ -152,27 +157,37 @@ def tightened(config: str, cold_start_s: float, folder: str) -> str:
     """
     if config.startswith(TIGHTENED):
         return config
-    changes = _changes(folder)
+    changes = _changes(folder, has_apps="\nbackend http-" in config)
     missing = set(changes)
+    bound = re.search(r"(?m)^frontend http_frontend\n\s+bind (\S+):\d+$", config)
+    if bound is None:
+        raise ValueError("HAProxy's configuration by Serve lacks the frontend's address: it has changed.")
     sections = re.split(r"(?m)^(?=\S)", config)
     changed = [TIGHTENED]
     for section in sections:
         lines = section.splitlines()
         for number, line in enumerate(lines):
             for begin, change in changes.items():
-                if line.strip().startswith(begin):
+                if line.strip().startswith(begin) and not (begin.startswith("bind") and lines[0].endswith(PUBLIC)):
                     missing.discard(begin)
                     lines[number] = change(line)
         if lines and lines[0].startswith("backend http-"):
             lines[1:1] = _backend_rules(lines, cold_start_s)
+            # Serve's own proxy, which wakes the first replica, listens there alone.
+            lines = [
+                line.replace(" 127.0.0.1:", f" {bound[1]}:") if line.endswith(" backup") and bound[1] != "*" else line
+                for line in lines
+            ]
         changed += lines
     if missing:
         raise ValueError(f"HAProxy's configuration by Serve lacks {sorted(missing)}: it has changed.")
     return "\n".join(changed) + "\n"
 
 
-def _changes(folder: str) -> dict[str, Callable[[str], str]]:
-    """Return by a line's beginning what becomes of it."""
+def _changes(folder: str, *, has_apps: bool) -> dict[str, Callable[[str], str]]:
+    """Return by a line's beginning what becomes of it; where nothing is served yet or any more, 404 is 503."""
+    nowhere = 404 if has_apps else 503
+    retry = "" if has_apps else f" hdr Retry-After {RETRY_AFTER_S}"
 
     def on_loopback(line: str) -> str:
         return re.sub(r"bind \*?:", "bind 127.0.0.1:", line)
@@ -196,7 +211,8 @@ def _changes(folder: str) -> dict[str, Callable[[str], str]]:
             f"{line}"
         ),
         "http-request return status 404": lambda line: (
-            f"    http-request return status 404 content-type application/json string '{error_body(404)}'"
+            f"    http-request return status {nowhere} content-type application/json string "
+            f"'{error_body(nowhere)}'{retry}"
         ),
     }
 
@@ -215,7 +231,8 @@ def _backend_rules(lines: list[str], cold_start_s: float) -> list[str]:
     rules.append(
         f"    http-request set-timeout server {math.ceil(cold_start_s * 1000)}ms" + (f" if {nobody}" if nobody else "")
     )
-    for status, given in ((500, 500), (503, 503), (408, 503)):
+    # Serve's own proxy knows an application no more, with 404, while its last replicas let their streams finish.
+    for status, given in ((500, 500), (503, 503), (408, 503), (404, 503)):
         retry = f" hdr Retry-After {RETRY_AFTER_S}" if given == 503 else ""
         rules.append(
             f"    http-response return status {given} content-type application/json string '{error_body(given)}'{retry}"
@@ -225,7 +242,8 @@ def _backend_rules(lines: list[str], cold_start_s: float) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Tighten the configuration behind -f and become HAProxy."""
+    """Tighten the configuration behind -f and become HAProxy, which ends with the proxy that started it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     path = arguments[arguments.index("-f") + 1]
     folder = os.path.dirname(path)
     for status in (502, 503, 504):

@@ -58,6 +58,9 @@ class ServingConfig:
         )  # fmt: skip
         if not self.models:
             found.append("models: must name at least one model. For example --models sft")
+        names = [model.partition("=")[0] for model in self.models]
+        if twice := sorted({name for name in names if names.count(name) > 1} | {name for name in names if not name}):
+            found.append(f"models={twice[0]}: every model needs a name of its own. Write NAME=CHECKPOINT_FOLDER.")
         if not self.port < 1 << 16:
             found.append(f"port={self.port}: must be below 65,536. 8000 is the default.")
         if "*" in self.cors_origins:

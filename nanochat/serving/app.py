@@ -80,6 +80,8 @@ def create_app(backend: Backend, config: ServingConfig) -> FastAPI:
 
 async def _show(request: Request, err: Exception) -> Response:
     assert isinstance(err, ApiError)
+    # The message may quote what was sent, which is in no log.
+    request.state.facts |= {"error": err.code or "refused", **({"param": err.param} if err.param else {})}
     return JSONResponse(err.body, err.status, err.headers)
 
 
@@ -199,11 +201,16 @@ class _Endpoint:
     ) -> Response:
         """Return answers whole or as a stream, whose first event has come."""
         answers = Answers(self.admission, model, requests, body.stops, body.n or 1)
+        shape = ChatShape(body, answers) if isinstance(body, ChatBody) else CompletionShape(body, answers)
         facts = request.state.facts
-        facts |= {"model": answers.model.name, "stream": bool(body.stream), "prompt_tokens": answers.prompt_tokens}
+        facts |= {
+            "id": shape.head["id"],
+            "model": answers.model.name,
+            "stream": bool(body.stream),
+            "prompt_tokens": answers.prompt_tokens,
+        }
         if self.config.log_contents:
             facts["request"] = body.model_dump(exclude_none=True)
-        shape = ChatShape(body, answers) if isinstance(body, ChatBody) else CompletionShape(body, answers)
         is_handed_on = False
         try:
             if not body.stream:

@@ -65,7 +65,9 @@ def http_error(status: int) -> ApiError:
 
 def invalid_body(err: ValidationError) -> ApiError:
     """Return the 400 of a body that is no JSON, or whose fields are of other types or out of range."""
-    first = err.errors(include_url=False, include_context=False)[0]
+    found = err.errors(include_url=False, include_context=False)
+    # Of a union that takes a text or a list of them, what is wrong within the list, not that it is no text.
+    first = max((one for one in found if one["loc"][:1] == found[0]["loc"][:1]), key=lambda one: len(one["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: {first['msg']}. Send one JSON object.", code="invalid_json")
     place = [part for part in first["loc"] if isinstance(part, int) or not ("[" in part or part in _PYDANTIC_WORDS)]

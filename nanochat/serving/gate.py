@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -83,23 +84,20 @@ class Gate:
             await send(message)
 
         try:
-            if not self.keys and path not in PROBES and not self._is_from_here(headers):
-                message = "without API keys only pages and programs of this machine are answered. Set keys."
-                err = ApiError(403, message, code="foreign_origin")
-                await JSONResponse(err.body, err.status)(scope, receive, send_on)
-            elif self.keys and not self._may_pass(scope["method"], path, headers):
-                err = ApiError(
-                    401, "a valid API key is needed, as `Authorization: Bearer KEY`.", code="invalid_api_key"
-                )
+            if err := self._refusal(scope["method"], path, headers):
+                facts["error"] = err.code
                 await JSONResponse(err.body, err.status, err.headers)(scope, receive, send_on)
             else:
                 try:
                     await self.app(scope, receive, send_on)
+                except ClientDisconnect:
+                    facts["error"] = "the client hung up before its body was whole"
                 except Exception:  # the edge of a request: it fails alone, and the log says why
                     if status:
                         raise
                     log.exception("request %s failed", id)
                     err = ApiError(500, f"an error that nobody foresaw; the log has it as {id}.")
+                    facts["error"] = "internal_error"
                     await JSONResponse(err.body, 500)(scope, receive, send_on)
         finally:
             route = getattr(scope.get("route"), "path", "other")
@@ -109,6 +107,14 @@ class Gate:
                 line = {"time": round(time.time(), 3), "request_id": id, "method": scope["method"], "path": path}
                 line |= {"status": status or 499, "elapsed_s": elapsed_s, **facts}
                 log.info(json.dumps(line, ensure_ascii=False))
+
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if not self.keys and path not in PROBES and not self._is_from_here(headers):
+            message = "without API keys only pages and programs of this machine are answered. Set keys."
+            return ApiError(403, message, code="foreign_origin")
+        if self.keys and not self._may_pass(method, path, headers):
+            return ApiError(401, "a valid API key is needed, as `Authorization: Bearer KEY`.", code="invalid_api_key")
+        return None
 
     def _is_from_here(self, headers: dict[bytes, bytes]) -> bool:
         """Tell whether neither Host nor Origin name another machine, as they do when a web page attacks its reader."""

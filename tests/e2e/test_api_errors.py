@@ -32,6 +32,7 @@ def test_37_bodies_that_are_none_are_400(scripted, path, body):
 def test_37_required_fields_are_named(scripted):
     check_error(scripted.post("/v1/chat/completions", {"messages": HELLO}), 400, param="model")
     check_error(scripted.post("/v1/chat/completions", {"model": "sft"}), 400, param="messages")
+    assert "at least 1 character" in check_error(scripted.chat(stop=[""]), 400, param="stop.0")
     check_error(scripted.post("/v1/completions", {"model": "sft"}), 400, param="prompt")
     check_error(scripted.post("/v1/chat/completions", {"model": 7, "messages": HELLO}), 400, param="model")
     check_error(scripted.post("/v1/chat/completions", {"model": None, "messages": HELLO}), 400, param="model")
@@ -245,6 +246,29 @@ def test_40_the_log_has_the_id_and_no_contents(scripted, caplog):
     for line in lines:
         assert line["status"] == 200
         assert line["completion_tokens"] == len("an answer of gold") + 1
+
+
+def test_40_the_log_says_which_answer_it_was_and_why_one_was_refused(scripted, caplog):
+    caplog.set_level(logging.INFO, logger="nanochat.serving")
+    id = scripted.chat().json()["id"]
+    scripted.chat(temperature=9)
+    scripted.chat(model="x")
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [(line["status"], line.get("error"), line.get("param"), line.get("id")) for line in lines] == [
+        (200, None, None, id),
+        (400, "invalid_value", "temperature", None),
+        (404, "model_not_found", "model", None),
+    ]
+
+
+def test_40_a_client_that_hangs_up_within_its_body_is_no_error_of_the_server(scripted, caplog):
+    caplog.set_level(logging.INFO, logger="nanochat.serving")
+    with socket.create_connection(("127.0.0.1", scripted.port), timeout=5) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    wait_until(lambda: caplog.records, 5)
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert json.loads(record.getMessage())["status"] == 499
 
 
 def test_40_contents_are_logged_if_one_asks_for_it(caplog):

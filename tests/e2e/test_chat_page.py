@@ -180,6 +180,24 @@ def test_a_refusal_is_shown(page, backend) -> None:
     expect(last(page).get_by_role("button", name="Try again")).to_be_visible()
 
 
+def test_a_question_that_is_too_long_is_not_asked_again_and_goes_on_in_a_new_chat(page, backend) -> None:
+    ask(page, "a poem")
+    finish(page)
+    ask(page, "much too long " * 400)
+    expect(last(page)).to_contain_text("Shorten it.")
+    ask(page, "short")
+    expect(last(page)).to_contain_text("sft hears: short")
+    prompt = backend.asked[-1][1].prompt
+    assert b"much too long" not in bytes(id for id in prompt if id < 256)
+    assert b"a poem" in bytes(id for id in prompt if id < 256)
+    text = "almost too long " * 240
+    ask(page, text)
+    expect(last(page)).to_contain_text("Shorten it.")
+    page.get_by_role("button", name="Ask it in a new chat").last.click()
+    expect(last(page)).to_contain_text("sft hears: almost")
+    assert page.locator(".answer").count() == 1
+
+
 def test_a_key_is_asked_for_and_sent(open_page, backend, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("sesame\n")
     for url in serve(backend, ServingConfig(api_keys_file=str(tmp_path / "keys"))):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -182,9 +183,69 @@ def test_the_job_serves_until_ctrl_c_and_lets_an_answer_finish(tmp_path):
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    assert ready in (503, 404), "it says that it ends, or is not routed to any more"
+    assert ready == 503, "it says that it ends, or is not routed to any more"
     assert outcome.is_complete
     assert len(outcome.tokens) == 800
+
+
+def serve_job(tmp_path, host: str, *flags: str) -> tuple[subprocess.Popen, int]:
+    """ray_jobs/serve.py with a tiny model, once it is ready, and its port."""
+    from nanochat.cluster.ingress import free_ports
+
+    folder, (port,) = write_tiny_chat_run(tmp_path / "run"), free_ports(1)
+    command = [sys.executable, str(Path(__file__).parents[2] / "ray_jobs/serve.py"), "--run-dir", str(folder),
+               "--host", host, "--port", str(port), "--replica-cpus", "0.5", *flags]  # fmt: skip
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    lines = [""]
+    while not lines[-1].startswith("curl"):
+        lines.append(job.stderr.readline())
+        assert lines[-1], lines
+    return job, port
+
+
+def own_address() -> str | None:
+    """An address of this machine that is not loopback."""
+    found = [one.address for each in psutil.net_if_addrs().values() for one in each if one.family == socket.AF_INET]
+    return next((address for address in found if not address.startswith("127.")), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or own_address() is None, reason="needs HAProxy and a network")
+@pytest.mark.parametrize("is_named", [True, False])
+def test_others_reach_it_with_a_key_where_it_is_told_to_listen(tmp_path, is_named):
+    """By an address of its own, where also the first replica is woken, and on all interfaces."""
+    address = own_address()
+    (tmp_path / "keys").write_text("sesame\n")
+    flags = ("--api-keys-file", str(tmp_path / "keys"), *(("--min-replicas", "0") if is_named else ()))
+    job, port = serve_job(tmp_path, address if is_named else "0.0.0.0", *flags)
+    try:
+        url = f"http://{address}:{port}"
+        keyless = run(lambda session: stream(session, url, HELLO, path=CHAT))
+        assert keyless.status == 401
+        key = {"Authorization": "Bearer sesame"}
+        outcome = run(lambda session: stream(session, url, HELLO | {"max_tokens": 4}, path=CHAT, headers=key))
+        assert outcome.is_complete, outcome
+        os.kill(job.pid, signal.SIGINT)
+        assert job.wait(60) == 0
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_cluster_leaves_no_proxy_on_the_port(tmp_path):
+    job, port = serve_job(tmp_path, "127.0.0.1")
+    try:
+        os.killpg(job.pid, signal.SIGTERM)  # as `timeout` does: Ray's own processes end, and nobody ends the proxy
+        deadline_s = time.monotonic() + 30
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)):
+                    break
+            assert time.monotonic() < deadline_s, "something still listens"
+            time.sleep(0.2)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

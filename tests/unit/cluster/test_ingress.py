@@ -54,6 +54,23 @@ def test_what_is_open_by_default_is_closed_and_what_is_asked_for_stays():
     assert "text/plain lf-string" not in config
 
 
+def test_all_interfaces_stay_all_interfaces_and_one_address_is_that_of_serves_own_proxy_too():
+    config = tightened(BY_SERVE.replace("bind 0.0.0.0:8000", "bind *:8000"), 20, "/folder")
+    assert "bind *:8000" in config
+    assert "bind *:8404" not in config
+    assert "server PROXY 127.0.0.1:8500 check backup" in config
+    config = tightened(BY_SERVE.replace("bind 0.0.0.0:8000", "bind 10.0.0.7:8000"), 20, "/folder")
+    assert config.count("server PROXY 10.0.0.7:8500 check backup") == 2
+    assert "server A 127.0.0.1:30000 check" in config
+
+
+def test_what_is_served_nowhere_is_404_beside_others_and_503_while_nothing_is():
+    assert "return status 404 content-type application/json" in tightened(BY_SERVE, 20, "/folder")
+    config = tightened(BY_SERVE.replace("backend http-", "backend grpc-"), 20, "/folder")
+    assert "return status 404" not in config
+    assert "return status 503 content-type application/json" in config
+
+
 def test_requests_wait_for_a_first_replica_only_where_there_is_none():
     config = tightened(BY_SERVE, 20, "/folder")
     assert "set-timeout server 20000ms if !{ srv_is_up(http-nanochat/A) } !{ srv_is_up(http-nanochat/B) }\n" in config
