@@ -78,9 +78,11 @@ async def replica_of(session, address, number: int) -> str:
 
 
 async def until_spread(session, address, count: int) -> None:
-    """Wait until the proxy knows so many replicas; it hears of one a moment after Serve does."""
+    """Wait until the proxy knows the replicas, so many; it hears of one, and of an end, a moment after Serve does."""
     for _ in range(100):
-        if len({await replica_of(session, address, number) for number in range(24)}) == count:
+        running = {f"process {pid}" for pid in (await asyncio.to_thread(replica_pids)).values()}
+        found = {await replica_of(session, address, number) for number in range(24)}
+        if found == running and len(found) == count:
             return
         await asyncio.sleep(0.1)
     raise AssertionError(f"the proxy does not use {count} replicas")
