@@ -70,12 +70,12 @@ def run_endpoint(
     with endpoint_session(serving, replicas, cluster, log_path, terminal) as address, on_interrupt(stop):
         terminal.line(f"page       {address}/")
         terminal.line(f"API        {address}/v1")
-        terminal.line(f"logs       {log_path}, which names the folder of Ray's; there serve/replica_*.log")
         name = serving.models[0].partition("=")[0]
         terminal.line(curl_line(address, {"id": name}, bool(keys)))
         if is_check:
             terminal.line(f"answer     {one_answer(address, name, keys[0].decode() if keys else None)}")
             return
+        terminal.line(f"logs       {log_path}, which names the folder of Ray's; there serve/replica_*.log")
         terminal.line("Ctrl-C ends it")
         while not asked:
             time.sleep(0.2)
