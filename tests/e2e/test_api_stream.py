@@ -74,13 +74,19 @@ def test_27_nothing_is_held_back_until_the_end(scripted):
 
 
 def test_27_tokens_are_put_together_but_the_first_is_not_held_back(native):
-    body = {"max_tokens": 100, "logit_bias": {"65": 100}, "return_token_ids": True}
-    with serving(native.backend, event_interval_s=0.05) as server:
-        stream = server.chat_stream(**body)
-    with_ids = [choice["token_ids"] for choice in stream.choices() if choice.get("token_ids")]
+    body = {"model": "sft", "messages": HELLO, "stream": True, "max_tokens": 100, "logit_bias": {"65": 100},
+            "return_token_ids": True}  # fmt: skip
+    with serving(native.backend, event_interval_s=1.5) as server:
+        began_s, raw, came_s = time.monotonic(), b"", []
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            for piece in answer.iter_raw():
+                raw += piece
+                came_s += [time.monotonic() - began_s] * (b'"token_ids":[65' in piece)
+    stream = Stream(answer.headers, raw)
     assert stream.token_ids() == [65] * 100
-    assert len(with_ids[0]) <= 2
-    assert len(with_ids) < 50
+    assert len(came_s) == 2, "the first, and all that came in its interval"
+    assert came_s[0] < 0.75
+    assert came_s[1] > 1.4
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
