@@ -260,6 +260,11 @@ class StageFolder:
         return join(self.root, "samples.jsonl")
 
     @property
+    def groups(self) -> str:
+        """One JSON line per update of RL: which groups it was made of."""
+        return join(self.root, "groups.jsonl")
+
+    @property
     def notes(self) -> str:
         """One JSON line per thing that a person should know: starts, restarts, checkpoints passed over, fallbacks."""
         return join(self.root, "notes.jsonl")
@@ -340,6 +345,11 @@ class RunFolder:
     def sft_shards(self) -> str:
         """The packed conversations of fine-tuning."""
         return join(self.root, "sft", "shards")
+
+    @property
+    def rl(self) -> StageFolder:
+        """The stage of reinforcement learning."""
+        return StageFolder(join(self.root, "rl"))
 
     @property
     def tasks(self) -> str:

@@ -9,11 +9,11 @@ from nanochat.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The knobs that every stage that trains has."""
+class LearnerConfig:
+    """The knobs of whatever has a model, an optimiser and checkpoints."""
 
     seed: Identity[int] = 0
-    """Seed of initialisation and row order."""
+    """Seed of initialisation, order and draws."""
 
     dtype: Identity[Literal["auto", "bfloat16", "float32"]] = "auto"
     """Compute dtype; auto = bfloat16 where the hardware multiplies it, else float32."""
@@ -26,22 +26,10 @@ class TrainingConfig:
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time, far less memory."""
 
-    evaluate_every: int = 250
-    """Steps between validations; 0 = only at the end."""
-    validation_tokens: Identity[int] = 80 * 2**19
-    """Validate on at most this many tokens, the first of the validation split."""
-    sample_every: int = 1000
-    """Steps between samples; 0 = only at the end."""
-    sample_tokens: int = 48
-    """New tokens of a sample."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0 = only at the end."""
     keep_checkpoints: int = 2
     """Complete checkpoints kept beside the one being written."""
-    log_every: int = 10
-    """Steps between records in metrics.jsonl."""
-    log_row_ids: bool = False
-    """Write the row ids of every step to rows_RR.jsonl, to prove which rows were trained on."""
     wandb: bool = False
     """Log to Weights & Biases as well (needs the extra `wandb`; WANDB_MODE=offline works)."""
 
@@ -51,9 +39,30 @@ class TrainingConfig:
 
     def problems(self) -> list[str]:
         """Return a message for each field whose value breaks its rule."""
-        return below_least(
-            self, seed=0, micro_batch_rows=1, evaluate_every=0, validation_tokens=1, sample_every=0, sample_tokens=1,
-            checkpoint_every=0, keep_checkpoints=1, log_every=1,
+        return below_least(self, seed=0, micro_batch_rows=1, checkpoint_every=0, keep_checkpoints=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(LearnerConfig):
+    """The knobs of training on rows of tokens."""
+
+    evaluate_every: int = 250
+    """Steps between validations; 0 = only at the end."""
+    validation_tokens: Identity[int] = 80 * 2**19
+    """Validate on at most this many tokens, the first of the validation split."""
+    sample_every: int = 1000
+    """Steps between samples; 0 = only at the end."""
+    sample_tokens: int = 48
+    """New tokens of a sample."""
+    log_every: int = 10
+    """Steps between records in metrics.jsonl."""
+    log_row_ids: bool = False
+    """Write the row ids of every step to rows_RR.jsonl, to prove which rows were trained on."""
+
+    def problems(self) -> list[str]:
+        """Return a message for each field whose value breaks its rule."""
+        return super().problems() + below_least(
+            self, evaluate_every=0, validation_tokens=1, sample_every=0, sample_tokens=1, log_every=1
         )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ to them, as long as it is about the same weights.
 
 import functools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from nanochat import storage
 from nanochat.config.evaluation import EvaluationConfig
-from nanochat.config.training import TrainingConfig
+from nanochat.config.training import LearnerConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import CheckpointError, ConfigError, DamagedFileError
@@ -30,8 +29,8 @@ from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
-from nanochat.tasks.registry import UNSCORED, load_task
-from nanochat.tasks.task import Task, TaskFiles
+from nanochat.tasks.registry import UNSCORED, load_named
+from nanochat.tasks.task import Task
 from nanochat.training.checkpoint import Checkpoint
 from nanochat.training.hardware import choose_hardware
 
@@ -43,7 +42,6 @@ mean together."""
 PROBLEMS_OF_ITEM = 128
 ROWS_OF_BATCH = 16
 SHOWN_PROBLEMS = 6
-_TASK = re.compile(r"(?P<name>\w+)(=(?P<path>.+?))?(:(?P<split>\w+))?")
 
 
 @dataclass(frozen=True)
@@ -140,16 +138,10 @@ class Evaluator:
         return GPTScorer(self.model(name), self.tokenizer, self.config.batch_tokens)
 
     def _task(self, text: str) -> tuple[str, Task]:
-        found = _TASK.fullmatch(text)
-        if found is None:
-            raise ConfigError(f"tasks={text}: must be NAME, NAME=PATH and then :SPLIT. For example arithmetic:val.")
-        name, split = found["name"], found["split"] or "test"
-        path = found["path"] or (self.config.identity if name == "identity" else None)
-        files = TaskFiles(folder=self.folder.tasks, path=path, mirror=self.config.task_mirror)
+        name, task = load_named("tasks", text, "test", self.folder.tasks, self.config.task_mirror, self.config.identity)
         if name in UNSCORED:
             raise ConfigError(f"tasks={text}: has no right answers to score. It can be trained on alone.")
-        task = load_task(name, split, files)
-        return name if split == "test" else f"{name}:{split}", task
+        return name if task.split == "test" else f"{name}:{task.split}", task
 
     @torch.no_grad()
     def _count_bits(self, item: Item) -> list[float]:
@@ -167,7 +159,7 @@ class Evaluator:
 
 @functools.lru_cache(maxsize=1)
 def _hf_scorer(path: str, batch_tokens: int | None, run: RunContext) -> HFScorer:
-    return HFScorer(path, batch_tokens, choose_hardware(TrainingConfig(dtype="float32"), run).device)
+    return HFScorer(path, batch_tokens, choose_hardware(LearnerConfig(dtype="float32"), run).device)
 
 
 def items_of(evaluator: Evaluator) -> Iterator[Item]:

@@ -11,7 +11,6 @@ Sources of the ideas: continuous batching, Orca (OSDI 2022), section 3; chunked 
 2403.02310); pages and prefixes: paged_cache.py, page_pool.py.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ import torch
 from nanochat.errors import ConfigError
 from nanochat.inference.page_pool import ROOT, PagePool
 from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pages_for
-from nanochat.inference.sampling import Sampling, Seen, move_logits, sample_tokens
+from nanochat.inference.sampling import Likelihood, Sampling, Seen, likelihoods, move_logits, sample_tokens, uniform
 from nanochat.model.gpt import GPT
 
 CHUNK_TOKENS = 96
@@ -57,15 +56,6 @@ class Request(Sampling):
 
 
 @dataclass(frozen=True)
-class Likelihood:
-    """How likely a token was, by the model: before temperature, penalties and what leaves tokens out."""
-
-    logprob: float
-    likeliest: tuple[tuple[int, float], ...]
-    """The likeliest ids there and their log probabilities, in order."""
-
-
-@dataclass(frozen=True)
 class PromptReport:
     """What became of a request's prompt."""
 
@@ -85,6 +75,9 @@ class Event:
     """Why the completion ends with this token; None while it goes on."""
     is_forced: bool = False
     """Whether a tool said it, not the model."""
+    logprob: float = 0.0
+    """Log probability in the distribution that it was drawn from: with temperature, penalties and what they leave out;
+    0 where nothing was drawn."""
     likelihood: Likelihood | None = None
     """If the request asks for it; a tool's tokens have none."""
     prompt: PromptReport | None = None
@@ -161,6 +154,8 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         """The oldest first."""
+        self._parked: list[_Sequence] = []
+        """Broke off in the last step; who comes back before the next one goes on with its pages."""
         self._next_id = 0
 
     def add(self, request: Request) -> int:
@@ -180,10 +175,25 @@ class Engine:
         if min(ids) < 0 or max(ids) >= self.model.config.vocab_size:
             raise ConfigError(f"prompt: ids must be in [0, {self.model.config.vocab_size}). Use the model's tokenizer.")
         self._next_id += 1
+        sequence = _Sequence(self._next_id, request, list(request.prompt))
         # A completion that has begun, and comes back from a tool, does not queue again.
-        queue = self._waiting.appendleft if request.continued else self._waiting.append
-        queue(_Sequence(self._next_id, request, list(request.prompt)))
+        if not request.continued:
+            self._waiting.append(sequence)
+        elif not self._go_on(sequence):
+            self._waiting.appendleft(sequence)
         return self._next_id
+
+    def _go_on(self, sequence: _Sequence) -> bool:
+        """Let a sequence take the place of the parked one that it goes on from; tell whether there is one."""
+        for parked in self._parked:
+            if sequence.tokens[: len(parked.tokens)] == parked.tokens:
+                sequence.pages, sequence.computed = parked.pages, parked.computed
+                sequence.published, sequence.last_page = parked.published, parked.last_page
+                sequence.cached = parked.computed
+                self._parked.remove(parked)
+                self._running.append(sequence)
+                return True
+        return False
 
     @property
     def running(self) -> int:
@@ -204,6 +214,7 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Compute a step and return the tokens that it sampled, none where it computed prompts alone."""
+        self._leave_parked()
         scheduled = self._schedule()
         if not scheduled:
             return []
@@ -232,6 +243,21 @@ class Engine:
         if not ready:
             return []
         return self._sample(ready, hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows])
+
+    def _leave_parked(self) -> None:
+        """Give up the pages of who has not come back."""
+        for parked in self._parked:
+            self.pool.release(parked.pages)
+        self._parked = []
+
+    def replace_model(self, model: GPT) -> None:
+        """Go on with other weights: what is cached is forgotten, and what runs is computed again from its tokens."""
+        self._leave_parked()
+        for sequence in reversed(list(self._running)):
+            self._end(sequence)
+            self._waiting.appendleft(sequence)
+        self.pool = PagePool(self.pool.pages + 1, PAGE_TOKENS)
+        self.model = model
 
     def _schedule(self) -> list[tuple[_Sequence, int]]:
         """Choose what the step computes, and give it pages: first who decodes, then who has begun, then who waits."""
@@ -327,7 +353,7 @@ class Engine:
                 logits_BV[row, list(request.stop_tokens)] = float("-inf")
         move_logits(logits_BV, requests, [sequence.seen for sequence in sequences])
         uniforms = [uniform(one.seed, one.continued + count) for one, count in zip(requests, counts)]
-        tokens = sample_tokens(logits_BV, requests, uniforms).tolist()
+        tokens, drawn = (of_B.tolist() for of_B in sample_tokens(logits_BV, requests, uniforms))
         events = []
         for row, (sequence, token, count) in enumerate(zip(sequences, tokens, counts, strict=True)):
             request = sequence.request
@@ -337,13 +363,16 @@ class Engine:
             reason: FinishReason | None = "length" if count + 1 == request.max_new_tokens else None
             if token in request.stop_tokens or token in request.break_tokens:
                 reason = "stop"
-            event = Event(sequence.id, token, reason)
+            event = Event(sequence.id, token, reason, logprob=drawn[row])
             if row in judged:
-                event = replace(event, likelihood=_likelihoods(judged[row][None], [token], request.logprobs or 0)[0])
+                event = replace(event, likelihood=likelihoods(judged[row][None], [token], request.logprobs or 0)[0])
             if count == 0:
                 event = replace(event, prompt=PromptReport(sequence.cached, tuple(sequence.likelihoods)))
             events.append(event)
-            if reason is not None:
+            if token in request.break_tokens and reason == "stop":
+                self._running.remove(sequence)
+                self._parked.append(sequence)
+            elif reason is not None:
                 self._end(sequence)
         return events
 
@@ -354,24 +383,7 @@ class Engine:
         known = max(0, len(sequence.likelihoods) - sequence.computed)
         if targets[known:]:
             logits_TV = self.model.logits(hidden_TC[known : len(targets)])
-            sequence.likelihoods += _likelihoods(logits_TV, targets[known:], sequence.request.prompt_logprobs or 0)
-
-
-def _likelihoods(logits_TV: torch.Tensor, tokens: list[int], count: int) -> list[Likelihood]:
-    """Return how likely each token was, and the `count` likeliest in its place."""
-    logprobs_TV = logits_TV.float().log_softmax(-1)
-    values_TK, token_TK = logprobs_TV.topk(min(count, logprobs_TV.shape[1]))
-    own = logprobs_TV.gather(1, torch.tensor(tokens, device=logits_TV.device)[:, None])[:, 0].tolist()
-    return [
-        Likelihood(logprob, tuple(zip(ids, values)))
-        for logprob, ids, values in zip(own, token_TK.tolist(), values_TK.tolist())
-    ]
-
-
-def uniform(seed: int, position: int) -> float:
-    """Return a number in [0, 1) that depends on its arguments alone: a hash of both."""
-    digest = hashlib.blake2b(b"%d %d" % (seed, position), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+            sequence.likelihoods += likelihoods(logits_TV, targets[known:], sequence.request.prompt_logprobs or 0)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from nanochat.config.model import ModelConfig
-from nanochat.config.training import TrainingConfig
+from nanochat.config.training import LearnerConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import TokenizerMismatchError
 from nanochat.model.gpt import GPT
@@ -29,7 +29,7 @@ def load_model(
         raise TokenizerMismatchError(
             f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Use it in its own run directory."
         )
-    hardware = choose_hardware(TrainingConfig(dtype=dtype), run)
+    hardware = choose_hardware(LearnerConfig(dtype=dtype), run)
     model = GPT(ModelConfig(**state["model"]), hardware.dtype)
     load_parameters(model, checkpoint.model_tensors(), checkpoint.folder)
     return model.to(hardware.device, hardware.dtype).prepare_for_inference()

@@ -7,6 +7,7 @@ Sources: top-p: Holtzman et al. 2020 (arXiv 1904.09751); min-p: Nguyen et al. 20
 penalty: Keskar et al. 2019 (arXiv 1909.05858); presence and frequency penalties: OpenAI's API reference.
 """
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BLOCK = 64
+"""Weights that are summed at once where a draw is looked up."""
 TIE_STEP = 2.0**-48
 """What an id takes from its logit where equals are put in order: less than float32 tells apart."""
 
@@ -88,16 +91,19 @@ def move_logits(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence
         logit_N = logits_BV[place].float()
         logit_N = torch.where(logit_N > 0, logit_N / repetition_N, logit_N * repetition_N) - taken_N
         logits_BV[place] = logit_N.to(logits_BV.dtype)
-    for row, sampling in enumerate(samplings):
-        if sampling.logit_bias:
-            token_N = torch.tensor(list(sampling.logit_bias), device=logits_BV.device)
-            logits_BV[row, token_N] += torch.tensor(list(sampling.logit_bias.values()), device=logits_BV.device)
+    biases = [
+        (row, token, bias) for row, sampling in enumerate(samplings) for token, bias in sampling.logit_bias.items()
+    ]
+    if biases:
+        row_N, token_N, bias_N = (torch.tensor(column, device=logits_BV.device) for column in zip(*biases))
+        logits_BV[row_N, token_N] += bias_N
 
 
-def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
-    """Draw one token of each row, int64 of shape (B,), by the inverse of the cumulated probabilities at its uniform.
+def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Draw one token of each row, by the inverse of the cumulated probabilities at its uniform.
 
-    Uniforms are numbers in [0, 1), one a row: a draw depends on nothing but its row.
+    Uniforms are numbers in [0, 1), one a row: a draw depends on nothing but its row. Returns token_B, int64, and
+    logprob_B, float32: how likely each draw was, with the temperature and without what was left out.
     """
     B, V = logits_BV.shape
     ks = [min(sampling.top_k or V, V) for sampling in samplings]
@@ -106,6 +112,7 @@ def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Se
         for one, k in zip(samplings, ks)
     ]
     drawn_B = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
+    logprob_B = torch.zeros(B, dtype=torch.float32, device=logits_BV.device)
     for kind in set(kinds):
         rows = [row for row, of_row in enumerate(kinds) if of_row == kind]
         row_R = slice(None) if len(rows) == B else torch.tensor(rows, device=logits_BV.device)
@@ -129,11 +136,27 @@ def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Se
             cumulative_RK = weights_RK.cumsum(dim=-1)
             is_left_RK = cumulative_RK - weights_RK < p_R1 * cumulative_RK[:, -1:]
             weights_RK = weights_RK * (is_left_RK | (place_K == 0))
-        cumulative_RK = weights_RK.cumsum(dim=-1)
         # 1 - uniform is in (0, 1], also when rounded to float32: so no token without probability is ever reached.
-        place_R1 = (cumulative_RK < reach_R1 * cumulative_RK[:, -1:]).sum(dim=-1, keepdim=True)
+        place_R1, total_R = _reached(weights_RK, reach_R1)
         drawn_B[row_R] = (place_R1 if token_RK is None else token_RK.gather(1, place_R1))[:, 0]
-    return drawn_B
+        logprob_B[row_R] = (weights_RK.gather(1, place_R1)[:, 0] / total_R).log()
+    return drawn_B, logprob_B
+
+
+def _reached(weights_RK: Tensor, reach_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return place_R1, where the cumulated weights first reach a share of their total, and total_R.
+
+    By blocks: the sums of a whole vocabulary, one after the other, took a quarter of a step that decodes.
+    """
+    blocks_RKD = torch.nn.functional.pad(weights_RK, (0, -weights_RK.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums_RK = blocks_RKD.sum(dim=-1)
+    reached_RK = sums_RK.cumsum(dim=-1)
+    goal_R1 = reach_R1 * reached_RK[:, -1:]
+    block_R1 = (reached_RK < goal_R1).sum(dim=-1, keepdim=True)
+    inside_RD = blocks_RKD.gather(1, block_R1[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(dim=-1)
+    before_R1 = torch.nn.functional.pad(reached_RK, (1, 0)).gather(1, block_R1)  # below the goal, whatever is rounded
+    place_R1 = (inside_RD < (goal_R1 - before_R1).clamp(max=inside_RD[:, -1:])).sum(dim=-1, keepdim=True)
+    return block_R1 * BLOCK + place_R1, reached_RK[:, -1]
 
 
 def _likeliest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -144,3 +167,29 @@ def _likeliest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     step = torch.arange(logits_RV.shape[1], dtype=torch.float64, device=logits_RV.device) * TIE_STEP
     token_RK = (logits_RV.double() - step).topk(count).indices
     return logits_RV.gather(1, token_RK), token_RK
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a token was, by the model: before temperature, penalties and what leaves tokens out."""
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+    """The likeliest ids there and their log probabilities, in order."""
+
+
+def likelihoods(logits_TV: torch.Tensor, tokens: list[int], count: int) -> list[Likelihood]:
+    """Return how likely each token was, and the `count` likeliest in its place."""
+    logprobs_TV = logits_TV.float().log_softmax(-1)
+    values_TK, token_TK = logprobs_TV.topk(min(count, logprobs_TV.shape[1]))
+    own = logprobs_TV.gather(1, torch.tensor(tokens, device=logits_TV.device)[:, None])[:, 0].tolist()
+    return [
+        Likelihood(logprob, tuple(zip(ids, values)))
+        for logprob, ids, values in zip(own, token_TK.tolist(), values_TK.tolist())
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number in [0, 1) that depends on its arguments alone: a hash of both."""
+    digest = hashlib.blake2b(b"%d %d" % (seed, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -21,6 +21,11 @@ NO_RESULT = "error"
 MAX_CALLS = 32
 
 
+def tool_alone(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the tokens that a model cannot say itself."""
+    return tokenizer.special("<|output_start|>"), tokenizer.special("<|output_end|>")
+
+
 @dataclass
 class _Turn:
     """What has become of one request so far."""
@@ -40,7 +45,7 @@ class ToolLoop:
     ) -> None:
         self.engine, self.tokenizer, self.tool = engine, tokenizer, tool
         self._call_start, self._call_end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
-        self._tool_alone = {tokenizer.special(name): -math.inf for name in ("<|output_start|>", "<|output_end|>")}
+        self._bans = dict.fromkeys(tool_alone(tokenizer), -math.inf)
         self._turns: dict[int, _Turn] = {}  # by the engine's id of the request that runs now
         self._owed: list[Event] = []
         """What a tool has said to requests that came with a call."""
@@ -90,7 +95,7 @@ class ToolLoop:
             if not is_call or len(output) >= left or turn.calls >= MAX_CALLS:
                 events.append(replace(event, id=turn.id, finish_reason="length" if is_call else event.finish_reason))
                 continue
-            events.append(Event(turn.id, event.token))
+            events.append(replace(event, id=turn.id, finish_reason=None))
             events += [Event(turn.id, token, is_forced=True) for token in output]
             turn.said += output
             turn.calls += 1
@@ -102,7 +107,7 @@ class ToolLoop:
         going_on = replace(
             request, prompt=(*request.prompt, *turn.said), max_new_tokens=request.max_new_tokens - said,
             break_tokens=request.break_tokens | {self._call_end},
-            logit_bias={**request.logit_bias, **self._tool_alone}, continued=said,
+            logit_bias={**request.logit_bias, **self._bans}, continued=said,
         )  # fmt: skip
         self._turns[self.engine.add(going_on)] = turn
 
@@ -114,4 +119,5 @@ class ToolLoop:
         call = tokenizer.decode([token for token in before[start:] if token < tokenizer.bos])
         result = self.tool(call) or NO_RESULT
         ids = tokenizer.encode_ordinary(result)
-        return [tokenizer.special("<|output_start|>"), *ids, tokenizer.special("<|output_end|>")]
+        start, end = tool_alone(tokenizer)
+        return [start, *ids, end]

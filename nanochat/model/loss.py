@@ -108,3 +108,66 @@ def token_losses(
         sum_N, _ = exp_and_slope(logits_NV, softcap)
         losses.append((sum_N.log() - softcap * at_target_N1[:, 0]) * (chunk_N >= 0))
     return torch.cat(losses)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log probabilities of chosen tokens, whose logits are made again on the way back."""
+
+    @staticmethod
+    def forward(ctx, hidden_NC, head_VC, token_N, vocab_size, softcap, temperature, banned):  # type: ignore[override]
+        logprobs, entropies = [], []
+        for chunk_NC, chunk_N in zip(*(of.split(CHUNK_TOKENS[of.device.type]) for of in (hidden_NC, token_N))):
+            _, logits_NV = _sampled_logits(chunk_NC, head_VC[:vocab_size], softcap, temperature, banned)
+            logprob_NV = logits_NV.log_softmax(dim=-1)
+            logprobs.append(logprob_NV.gather(1, chunk_N[:, None])[:, 0])
+            entropies.append(torch.special.entr(logprob_NV.exp()).sum(dim=-1))
+        ctx.save_for_backward(hidden_NC, head_VC, token_N)
+        ctx.settings = (vocab_size, softcap, temperature, banned)
+        entropy_N = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy_N)
+        return torch.cat(logprobs), entropy_N
+
+    @staticmethod
+    def backward(ctx, upstream_N, _):  # type: ignore[override]
+        hidden_NC, head_VC, token_N = ctx.saved_tensors
+        vocab_size, softcap, temperature, banned = ctx.settings
+        weight_VC = head_VC[:vocab_size]
+        hidden_gradient_NC, head_gradient_VC = torch.empty_like(hidden_NC), torch.zeros_like(head_VC)
+        chunk = CHUNK_TOKENS[hidden_NC.device.type]
+        for lo in range(0, hidden_NC.shape[0], chunk):
+            chunk_NC, chunk_N = hidden_NC[lo : lo + chunk], token_N[lo : lo + chunk]
+            tanh_NV, logits_NV = _sampled_logits(chunk_NC, weight_VC, softcap, temperature, banned)
+            slope_NV = -logits_NV.softmax(dim=-1)
+            slope_NV[torch.arange(len(chunk_N), device=chunk_N.device), chunk_N] += 1.0
+            slope_NV *= (1.0 - tanh_NV * tanh_NV) * (upstream_N[lo : lo + chunk, None] / temperature)
+            slope_NV = slope_NV.to(hidden_NC.dtype)
+            hidden_gradient_NC[lo : lo + chunk] = slope_NV @ weight_VC.to(hidden_NC.dtype)
+            head_gradient_VC[:vocab_size] += slope_NV.T @ chunk_NC
+        return hidden_gradient_NC, head_gradient_VC, None, None, None, None, None
+
+
+def _sampled_logits(
+    hidden_NC: Tensor, weight_VC: Tensor, softcap: float, temperature: float, banned: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return tanh of the capped logits, and the logits that are sampled from, both float32 of shape (N, V)."""
+    tanh_NV = _capped(hidden_NC @ weight_VC.to(hidden_NC.dtype).T, softcap)
+    logits_NV = tanh_NV * (softcap / temperature)
+    logits_NV[:, list(banned)] = float("-inf")
+    return tanh_NV, logits_NV
+
+
+def token_logprobs(
+    hidden_NC: Tensor,
+    head_VC: Tensor,
+    token_N: Tensor,
+    *,
+    vocab_size: int,
+    softcap: float,
+    temperature: float = 1.0,
+    banned: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return logprob_N of chosen tokens, with a gradient, and entropy_N of their distributions, without; float32.
+
+    Logits are divided by the temperature, and `banned` ids have no probability: as the tokens were sampled.
+    """
+    return _TokenLogprobs.apply(hidden_NC, head_VC, token_N, vocab_size, softcap, temperature, banned)  # type: ignore[no-any-return]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.inference.engine import Event, Likelihood
+from nanochat.inference.engine import Event
+from nanochat.inference.sampling import Likelihood
 from nanochat.inference.text_stream import Piece
 from nanochat.serving.answers import Answers
 from nanochat.serving.schema import ChatBody, CompletionBody

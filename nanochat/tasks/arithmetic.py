@@ -29,7 +29,7 @@ from nanochat.tasks.task import Task, of_split
 
 T = TypeVar("T")
 
-TRAIN_TWO_STEP_SHARE = 0.02
+TRAIN_TWO_STEP_SHARE = 0.05
 LARGEST = 9_999
 LEADS = {"+": "Add", "-": "Subtract", "*": "Multiply", "/": "Divide"}
 

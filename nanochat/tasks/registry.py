@@ -1,6 +1,7 @@
 """Names of tasks to tasks: where a new one is entered, and nowhere else."""
 
 import difflib
+import re
 from collections.abc import Callable
 
 from nanochat.errors import ConfigError
@@ -30,6 +31,24 @@ LOADERS: dict[str, Loader] = {
 
 UNSCORED = ("smoltalk", "messages")
 """Those that can only be trained on."""
+
+
+_NAMED = re.compile(r"(?P<name>\w+)(=(?P<path>.+?))?(:(?P<split>\w+))?")
+
+
+def load_named(
+    field: str, text: str, split: str, folder: str, mirror: str | None, identity: str | None = None
+) -> tuple[str, Task]:
+    """Return the name and the task that NAME[=PATH][:SPLIT] says; `split` and `identity`, its path, where none is said.
+
+    Raises: ConfigError naming the field it is from, and as `load_task`.
+    """
+    found = _NAMED.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"{field}={text}: must be NAME, NAME=PATH and then :SPLIT. For example arithmetic:val.")
+    name = found["name"]
+    path = found["path"] or (identity if name == "identity" else None)
+    return name, load_task(name, found["split"] or split, TaskFiles(folder=folder, path=path, mirror=mirror))
 
 
 def load_task(name: str, split: str, files: TaskFiles) -> Task:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from nanochat.config.training import TrainingConfig
+from nanochat.config.training import LearnerConfig
 from nanochat.errors import ConfigError
 from nanochat.run_context import RunContext
 
@@ -73,7 +73,7 @@ class Hardware:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def choose_hardware(config: TrainingConfig, run: RunContext) -> Hardware:
+def choose_hardware(config: LearnerConfig, run: RunContext) -> Hardware:
     """Pick device and dtype for a worker, and set its thread count.
 
     Raises: ConfigError if FP8 or a dtype is asked for that the hardware lacks.

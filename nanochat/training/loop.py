@@ -11,32 +11,28 @@ Sources: the loop's parts are nanochat's (base_train.py@92d63d4); the recipe for
 import gc
 import itertools
 import math
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanochat import storage
-from nanochat.config import generation
 from nanochat.config.training import TrainingConfig
 from nanochat.data.row_order import RowReader
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import CheckpointError, TokenizerMismatchError, TrainingDivergedError
+from nanochat.errors import CheckpointError
 from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
 from nanochat.model import scaling
-from nanochat.model.gpt import GPT
-from nanochat.model.optimizer import MuonAdamW, StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.training import plan as planning
-from nanochat.training.checkpoint import Checkpoint, CheckpointWriter, load_parameters, newest_checkpoint, step_folder
-from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
-from nanochat.training.metrics import MetricsWriter, StepClock
+from nanochat.training.checkpoint import Checkpoint, step_folder
+from nanochat.training.learner import Learner
+from nanochat.training.metrics import StepClock
 from nanochat.training.step import Supervised, TrainingStep, split_rows
 
 
@@ -74,15 +70,11 @@ def local_stream(reader: RowReader, rows_per_step: int, first_step: int = 0) -> 
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-class TrainingLoop(Generic[Config]):
+class TrainingLoop(Learner[Config]):
     """The state of one worker's loop.
 
     `document_masking` hides the other documents of a row; with `supervised` only those tokens are trained on.
     """
-
-    updates_before = 0
-    """Updates that the optimiser's state has seen before step 0."""
-    generation: Mapping[str, float] = generation.BASE  # how the model is sampled where nobody says otherwise
 
     def __init__(
         self,
@@ -95,45 +87,16 @@ class TrainingLoop(Generic[Config]):
         document_masking: bool,
         supervised: Supervised | None = None,
     ) -> None:
-        self.config, self.context, self.inputs = config, run, inputs
-        self.plan, self.rates = plan, rates
+        super().__init__(config, run, inputs.tokenizer, inputs.folder, plan, rates)
+        self.inputs = inputs
         self.document_masking, self.supervised = document_masking, supervised
-        self.tokenizer, self.folder = inputs.tokenizer, inputs.folder
-        self.hardware: Hardware = choose_hardware(config, run)
-        self.free_bytes = self.hardware.free_bytes()  # before anything of the plan is allocated
         self.stream: Iterator[StepRows] = iter(inputs.stream)
-        self.model = self._build_model()
-        parameters = dict(self.model.named_parameters())
-        groups = scaling.parameter_groups(plan.model, list(parameters), rates, plan.lr_factor)
-        self.optimizer = MuonAdamW(
-            parameters, groups, muon_dtype=self.hardware.dtype, rank=run.rank, world_size=run.world_size
-        )
         self.token_bytes_V = torch.from_numpy(self.tokenizer.token_bytes()).to(self.hardware.device)
-        self.writer = CheckpointWriter(
-            self.folder.checkpoints, rank=run.rank, world_size=run.world_size, keep=config.keep_checkpoints,
-            attempt=self._attempt(),
-        )  # fmt: skip
-        self.metrics = MetricsWriter(self.folder, enabled=run.rank == 0, wandb=config.wandb, config=asdict(config))
         self.clock = StepClock(self.plan, self.hardware)
-        self.saved_step = -1
         self.val_bpb: float | None = None
-        if run.rank == 0:
-            workers = {"workers": run.world_size, "dtype_reason": self.hardware.reason}
-            storage.write_json(self.folder.machine, describe_machine(self.hardware) | workers)
-
-    def begin(self) -> None:
-        """Prepare parameters and optimiser for step 0; the model has been initialised."""
-
-    def schedule(self, step: int) -> StepSchedule:
-        """Return the learning rate and the like of an update."""
-        raise NotImplementedError
 
     def sample(self, step: int) -> None:
         """Show what the model says; every worker calls it."""
-
-    def stage_state(self) -> dict[str, Any]:
-        """Return what else a checkpoint holds; one that holds otherwise is not resumed from."""
-        return {}
 
     def train(self) -> Checkpoint | None:
         """Train until the last step or until asked to stop; returns the last checkpoint if the horizon is reached.
@@ -157,7 +120,7 @@ class TrainingLoop(Generic[Config]):
         try:
             return self._finish(self._train(step, batch))
         except torch.OutOfMemoryError:
-            self._lower_memory_limit()
+            self.lower_memory_limit(self.step.micro_batch_rows)
             raise
 
     def _train(self, step: int, batch: StepRows) -> int:
@@ -170,7 +133,7 @@ class TrainingLoop(Generic[Config]):
                 self._sample(step)
             result = self.step.run(batch.rows_BT1, self.schedule(step), self._stop_requested())
             if not math.isfinite(result.loss):
-                raise TrainingDivergedError(self._divergence("loss", result.loss, step))
+                raise self.diverged("loss", result.loss, step)
             self._log(step, batch, result.loss)
             stopped = result.stop_requested
             step += 1
@@ -186,70 +149,23 @@ class TrainingLoop(Generic[Config]):
         """Write the last checkpoint; at the horizon also evaluate and sample."""
         if self.saved_step != step:
             self._save(step)
-        reached = step == self.plan.num_steps
-        if reached:
+        if step == self.plan.num_steps:
             self._evaluate(step)
             self._sample(step)
-        self.writer.wait()
-        if self.context.world_size > 1:
-            dist.barrier()
-        self.metrics.close()
-        return Checkpoint(step_folder(self.folder.checkpoints, step)) if reached else None
-
-    def _attempt(self) -> str:
-        """Return a name for this start of the worker group, the first worker's choice."""
-        name = [uuid.uuid4().hex]
-        if self.context.world_size > 1:
-            dist.broadcast_object_list(name, src=0, device=self.hardware.device)
-        return name[0]
-
-    def _build_model(self) -> GPT:
-        """Create the model in float32 with the seed's parameters, the same on every worker."""
-        model = GPT(self.plan.model, self.hardware.dtype)
-        model.initialize(torch.Generator().manual_seed(self.config.seed))
-        model.recompute = self.config.recompute
-        model.to(self.hardware.device)
-        if self.config.fp8:
-            from nanochat.model.fp8 import convert_to_fp8
-
-            convert_to_fp8(model)
-        if self.config.compile != "off":
-            obstacle = can_compile(self.hardware.device)
-            if obstacle is None:
-                model.compile()
-            elif self.context.rank == 0:
-                self.folder.note(obstacle)
-        return model
+        return self.finish(step)
 
     def _restore(self, step: int) -> None:
-        """Load the checkpoint of `step`; step 0 has none, the stage begins it."""
-        self.metrics.begin(step)
-        if step == 0:
-            self.begin()
-            self.optimizer.set_step(self.updates_before)
+        """Load the checkpoint of `step`, or begin."""
+        state = self.restore(step)
+        if state is None:
             return
-        checkpoint = Checkpoint(step_folder(self.folder.checkpoints, step))
-        state = checkpoint.state
-        if state["tokenizer_hash"] != self.tokenizer.hash:
-            raise TokenizerMismatchError(
-                f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Put that one back, or start anew."
-            )
         if state["manifest_hash"] != self.inputs.shards.manifest_hash:
             raise CheckpointError(
-                f"checkpoint={checkpoint.folder}: was trained on other token shards than those of "
-                f"{self.inputs.shards.folder}. Put those back, or start anew in another --run-dir."
+                f"checkpoint={step_folder(self.folder.checkpoints, step)}: was trained on other token shards than "
+                f"those of {self.inputs.shards.folder}. Put those back, or start anew in another --run-dir."
             )
-        if state["stage"] != self.stage_state():
-            raise CheckpointError(
-                f"checkpoint={checkpoint.folder}: began from {state['stage']}, not from {self.stage_state()}. "
-                "Put that back, or start anew in another --run-dir."
-            )
-        load_parameters(self.model, checkpoint.model_tensors(), checkpoint.folder)
-        checkpoint.optimizer_tensors(self.optimizer.state_tensors())
-        self.optimizer.set_step(self.updates_before + step)
         self.val_bpb = state["loop"]["val_bpb"]
         self.clock.training_s = state["loop"]["training_s"]
-        self.saved_step = step
 
     def _fit_micro_batch(self, rows_BT1: np.ndarray) -> int:
         """Choose the micro-batch from free memory, then try it: halve on out-of-memory, at one row recompute."""
@@ -259,10 +175,7 @@ class TrainingLoop(Generic[Config]):
             free_bytes=self.free_bytes // (1 if self.hardware.device.type == "cuda" else self.context.local_world_size),
             world_size=self.context.world_size,
         )  # fmt: skip
-        if storage.exists(self.folder.memory_limit):
-            limit = storage.read_json(self.folder.memory_limit)
-            size = min(size, limit["micro_batch_rows"])
-            self.model.recompute |= limit["recompute"]
+        size = self.within_memory_limit(size)
         while True:
             size = len(split_rows(rows_BT1, size)[0])
             trial = self._training_step(size)
@@ -288,13 +201,6 @@ class TrainingLoop(Generic[Config]):
             self.model, self.optimizer, tokenizer=self.tokenizer, document_masking=self.document_masking,
             micro_batch_rows=micro_batch_rows, supervised=self.supervised,
         )  # fmt: skip
-
-    def _lower_memory_limit(self) -> None:
-        """Leave a smaller micro-batch, or recomputing, to the next start: the trial was not the worst case."""
-        rows = self.step.micro_batch_rows
-        limit = {"micro_batch_rows": max(1, rows // 2), "recompute": self.model.recompute or rows == 1}
-        storage.write_json(self.folder.memory_limit, limit)
-        self.folder.note(f"out of memory with {rows} rows: the next start uses {limit}")
 
     def _least(self, size: int) -> int:
         """Return the least size of all workers, which then share validation batches of equal shape."""
@@ -344,7 +250,7 @@ class TrainingLoop(Generic[Config]):
             dist.all_reduce(totals)
         nats, num_bytes = totals.tolist()
         if not math.isfinite(nats):
-            raise TrainingDivergedError(self._divergence("validation loss", nats, step))
+            raise self.diverged("validation loss", nats, step)
         self.val_bpb = bits_per_byte(nats, num_bytes)
         self.metrics.write({"step": step, "val_bpb": self.val_bpb})
         self.clock.skip()
@@ -354,41 +260,17 @@ class TrainingLoop(Generic[Config]):
         self.clock.skip()
 
     def _save(self, step: int) -> None:
-        """Hand a copy of everything to the background writer.
-
-        Raises: TrainingDivergedError rather than keep parameters that are not finite.
-        """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise TrainingDivergedError(self._divergence("parameters", math.nan, step))
-        state = {
-            "plan": self.plan.as_json(),
-            "model": asdict(self.plan.model),
-            "tokenizer_hash": self.tokenizer.hash,
-            "manifest_hash": self.inputs.shards.manifest_hash,
-            "position": {"seed": self.config.seed, "next_step": step, "rows_per_step": self.plan.rows_per_step},
-            "rates": asdict(self.rates),
-            "updates": self.updates_before + step,
-            "document_masking": self.document_masking,
-            "stage": self.stage_state(),
-            "generation": dict(self.generation),
-            "loop": {"val_bpb": self.val_bpb, "training_s": self.clock.training_s},
-        }
-        self.writer.save(step, self.optimizer.parameters, self.optimizer.state_tensors(), state)
-        self.saved_step = step
+        """Save everything that the step needs to come next."""
+        position = {"seed": self.config.seed, "next_step": step, "rows_per_step": self.plan.rows_per_step}
+        self.save(
+            step,
+            {
+                "manifest_hash": self.inputs.shards.manifest_hash, "position": position,
+                "document_masking": self.document_masking,
+                "loop": {"val_bpb": self.val_bpb, "training_s": self.clock.training_s},
+            },
+        )  # fmt: skip
         self.clock.skip()
-
-    def _divergence(self, name: str, value: float, step: int) -> str:
-        """Return the message, with the newest checkpoint, once all workers have written their part of it."""
-        self.writer.wait()
-        if self.context.world_size > 1:
-            dist.barrier()
-        checkpoints = self.folder.checkpoints
-        good = newest_checkpoint(checkpoints, passed_over=lambda why: None)
-        last = "there is no checkpoint" if good is None else f"the last good one is {step_folder(checkpoints, good)}"
-        return (
-            f"{name}={value}: not finite at step {step}; {last}. "
-            "Lower matrix_lr and embedding_lr, or look at the rows of this step."
-        )
 
     def _tame_garbage_collector(self, step: int) -> None:
         """Collect rarely: a scan of all objects takes long and finds little in this loop."""

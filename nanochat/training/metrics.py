@@ -85,7 +85,7 @@ class MetricsWriter:
         """Drop records of `step` and later, which a killed attempt left and this one makes again."""
         if not self.enabled:
             return
-        for path in (self.folder.metrics, self.folder.samples):
+        for path in (self.folder.metrics, self.folder.samples, self.folder.groups):
             before = storage.read_jsonl(path)
             kept = [record for record in before if record["step"] < step]
             if len(kept) < len(before):
@@ -99,10 +99,15 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
-    def write_samples(self, step: int, samples: dict[str, str]) -> None:
-        """Append the completions of the fixed prompts."""
+    def write_samples(self, step: int, samples: dict[str, str] | list[dict[str, Any]]) -> None:
+        """Append the completions of the fixed prompts, or rollouts."""
         if self.enabled:
             storage.append_jsonl(self.folder.samples, {"step": step, "samples": samples})
+
+    def write_groups(self, step: int, trained: list[int], dropped: list[int]) -> None:
+        """Append the numbers of the groups that an update was made of, and of those that it left out."""
+        if self.enabled:
+            storage.append_jsonl(self.folder.groups, {"step": step, "trained": trained, "dropped": dropped})
 
     def close(self) -> None:
         """End the Weights & Biases run, if there is one."""

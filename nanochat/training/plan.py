@@ -8,10 +8,13 @@ from typing import Any
 
 from nanochat.config.model import ModelConfig, stock
 from nanochat.config.pretrain import PretrainConfig
-from nanochat.config.training import TrainingConfig
-from nanochat.errors import ConfigError
+from nanochat.config.rl import RLConfig
+from nanochat.config.sft import SftConfig
+from nanochat.config.training import LearnerConfig
+from nanochat.errors import CheckpointError, ConfigError
 from nanochat.model import scaling
 from nanochat.model.attention import QUERY_BLOCK
+from nanochat.training.checkpoint import Checkpoint
 
 MAX_MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16, "mps": 1 << 14}
 """Larger micro-batches are no faster: measured on CPU (2 cores, 2026-11-22), nanochat's 32 x 2,048 on H100."""
@@ -96,6 +99,24 @@ def learning_rates(config: PretrainConfig) -> scaling.LearningRates:
     )  # fmt: skip
 
 
+def inherited_rates(
+    config: SftConfig | RLConfig, base: Checkpoint
+) -> tuple[dict[str, Any], scaling.LearningRates, dict[str, Any]]:
+    """Return a checkpoint's state, learning rates as given or else as it was trained with, and what was not given.
+
+    Raises: CheckpointError if it does not say how it was trained.
+    """
+    state = base.state
+    if missing := {"rates", "plan", "model", "updates"} - state.keys():
+        raise CheckpointError(
+            f"base={base.folder}: does not say {', '.join(sorted(missing))}. Train it with this version."
+        )
+    before = {f"{name}_lr": rate for name, rate in state["rates"].items()}
+    inherited = {name: rate for name, rate in before.items() if getattr(config, name) is None}
+    rates = {name.removesuffix("_lr"): inherited.get(name, getattr(config, name)) for name in before}
+    return state, scaling.LearningRates(**rates), inherited
+
+
 def fixed_bytes(model: ModelConfig, world_size: int) -> int:
     """Return the memory of float32 weights, gradients and this worker's share of two optimiser moments."""
     return scaling.parameter_counts(model)["total"] * (8 + -(-8 // world_size))
@@ -122,7 +143,7 @@ def activation_bytes_per_row(model: ModelConfig, *, dtype_bytes: int, keeps_scor
 
 
 def micro_batch_rows(
-    config: TrainingConfig, plan: Plan, *, rows: int, device: str, dtype_bytes: int, free_bytes: int, world_size: int
+    config: LearnerConfig, plan: Plan, *, rows: int, device: str, dtype_bytes: int, free_bytes: int, world_size: int
 ) -> int:
     """Return how many of a worker's `rows` to run at once: as given, else as free memory allows."""
     if config.micro_batch_rows is not None:

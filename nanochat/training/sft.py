@@ -18,13 +18,14 @@ from nanochat.config import generation
 from nanochat.config.model import ModelConfig
 from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation, exchange, supervised
-from nanochat.errors import CheckpointError, ConfigError, TokenizerMismatchError
+from nanochat.errors import ConfigError, TokenizerMismatchError
 from nanochat.evaluation.chat import answer, judge
 from nanochat.inference.load import inference_copy
 from nanochat.model import scaling
 from nanochat.model.optimizer import StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.tasks.task import Task
+from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, load_parameters
 from nanochat.training.loop import TrainingInputs, TrainingLoop
 from nanochat.training.plan import Plan
@@ -32,7 +33,6 @@ from nanochat.training.plan import Plan
 SAMPLE_QUESTIONS = ("Who are you?", "What is 37 + 58?", "Why is the sky blue?")
 MUON_MOMENTUM = 0.90
 """Where the base model's schedule ends."""
-INHERITED = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,8 @@ def resolve_sft(config: SftConfig, base: Checkpoint, rows_per_epoch: int) -> Sft
     Raises: ConfigError if the batch is no whole number of rows; CheckpointError if the checkpoint does not say how it
     was trained.
     """
-    state = base.state
-    if missing := {"rates", "plan", "model", "updates"} - state.keys():
-        raise CheckpointError(
-            f"base={base.folder}: does not say {', '.join(sorted(missing))}. Train it with this version."
-        )
+    state, rates, inherited = planning.inherited_rates(config, base)
     before, model = state["plan"], ModelConfig(**state["model"])
-    inherited: dict[str, Any] = {
-        name: state["rates"][name.removesuffix("_lr")] for name in INHERITED if getattr(config, name) is None
-    }
     batch = config.global_batch_tokens
     if batch is None:
         batch = inherited["global_batch_tokens"] = before["rows_per_step"] * model.sequence_len
@@ -87,9 +80,7 @@ def resolve_sft(config: SftConfig, base: Checkpoint, rows_per_epoch: int) -> Sft
         weight_decay=config.weight_decay,
         flops_per_token=before["flops_per_token"],
     )
-    given = {name: getattr(config, name) for name in INHERITED if getattr(config, name) is not None}
-    rates = {name.removesuffix("_lr"): value for name, value in (inherited | given).items() if name in INHERITED}
-    return SftPlan(plan, scaling.LearningRates(**rates), inherited)
+    return SftPlan(plan, rates, inherited)
 
 
 def finetune(config: SftConfig, run: RunContext, inputs: SftInputs) -> Checkpoint | None:

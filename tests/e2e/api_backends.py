@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from nanochat.config.model import ModelConfig
 from nanochat.data.conversations import Part, render_parts
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.inference.engine import Engine, Event, Likelihood, PromptReport, Request
+from nanochat.inference.engine import Engine, Event, PromptReport, Request
+from nanochat.inference.sampling import Likelihood
 from nanochat.inference.tool_loop import ToolLoop
 from nanochat.model.gpt import GPT
 from nanochat.serving.backend import Hosted, Load, NativeBackend, ServedModel

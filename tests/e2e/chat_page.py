@@ -13,7 +13,8 @@ import uvicorn
 from nanochat.config.serving import ServingConfig
 from nanochat.data.conversations import Part, render_parts
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.inference.engine import Event, Likelihood, PromptReport, Request
+from nanochat.inference.engine import Event, PromptReport, Request
+from nanochat.inference.sampling import Likelihood
 from nanochat.serving.app import create_app
 from nanochat.serving.backend import Load, ServedModel
 

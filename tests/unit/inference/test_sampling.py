@@ -21,7 +21,7 @@ LOGITS_V = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
 def draw(logits_BV: torch.Tensor, temperature: float, top_k: int | None, seed: int) -> torch.Tensor:
     rows = len(logits_BV)
     uniforms = np.random.default_rng(seed).random(rows).tolist()
-    return sample_tokens(logits_BV, [Sampling(temperature=temperature, top_k=top_k)] * rows, uniforms)
+    return sample_tokens(logits_BV, [Sampling(temperature=temperature, top_k=top_k)] * rows, uniforms)[0]
 
 
 def frequencies(temperature: float, top_k: int | None, draws: int = 40_000) -> np.ndarray:
@@ -70,12 +70,13 @@ def test_who_is_left_out_and_that_the_others_share_its_probability(options, left
     rows = 20_000
     uniforms = np.random.default_rng(1).random(rows).tolist()
     sampling = Sampling(temperature=1.0, **options)
-    tokens_B = sample_tokens(LOGITS_V.expand(rows, 5), [sampling] * rows, uniforms)
+    tokens_B, logprob_B = sample_tokens(LOGITS_V.expand(rows, 5), [sampling] * rows, uniforms)
     expected = torch.full((5,), -math.inf)
     expected[left] = LOGITS_V[left]
     actual = np.bincount(tokens_B.numpy(), minlength=5) / rows
     assert set(np.flatnonzero(actual).tolist()) == set(left)
     assert np.abs(actual - expected.softmax(-1).numpy()).max() < 5 * np.sqrt(0.25 / rows)
+    assert torch.allclose(logprob_B, expected.log_softmax(-1)[tokens_B], atol=1e-6)
 
 
 def test_every_row_draws_by_its_own_parameters():
@@ -87,10 +88,13 @@ def test_every_row_draws_by_its_own_parameters():
     ]  # fmt: skip
     logits_BV = torch.randn(7, 8, generator=generator(7))
     samplings, uniforms = [Sampling(**options) for options, _ in rows], [uniform for _, uniform in rows]
-    together = sample_tokens(logits_BV, samplings, uniforms)
+    together, logprob_B = sample_tokens(logits_BV, samplings, uniforms)
     for row in range(7):
-        alone = sample_tokens(logits_BV[row : row + 1], samplings[row : row + 1], uniforms[row : row + 1])
+        alone, logprob = sample_tokens(logits_BV[row : row + 1], samplings[row : row + 1], uniforms[row : row + 1])
         assert alone.item() == together[row].item(), row
+        assert logprob.item() == pytest.approx(logprob_B[row].item(), abs=1e-6)
+    assert logprob_B[0] == logprob_B[3] == 0, "the only one that is left"
+    assert logprob_B[1] == pytest.approx(logits_BV[1].log_softmax(-1)[together[1]].item(), abs=1e-6)
     assert together[0] == logits_BV[0].argmax()
     assert together[3] == logits_BV[3].argmax()
 
@@ -119,8 +123,22 @@ def test_penalties_and_bias_by_hand():
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_a_token_without_probability_is_never_drawn_at_the_ends(uniform):
     logits_BV = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
-    drawn = sample_tokens(logits_BV, [Sampling(temperature=1.0)], [uniform])
+    drawn, _ = sample_tokens(logits_BV, [Sampling(temperature=1.0)], [uniform])
     assert drawn.item() in (1, 2)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 300), st.floats(0.0, 1.0, exclude_max=True))
+def test_among_many_tokens_the_one_is_drawn_at_which_the_probabilities_reach_the_uniform(seed, size, uniform):
+    logits_V = torch.randn(size, generator=generator(seed)) * 5
+    logits_V[torch.rand(size, generator=generator(seed + 1)) < 0.6] = -math.inf
+    logits_V[int(torch.randint(size, (), generator=generator(seed + 2)))] = 1.0
+    (token,), (logprob,) = sample_tokens(logits_V[None], [Sampling(temperature=1.0)], [uniform])
+    probabilities_V = logits_V.double().softmax(-1)
+    assert probabilities_V[token] > 0
+    assert logprob.item() == pytest.approx(probabilities_V[token].log().item(), abs=1e-5)
+    reached_V = probabilities_V.cumsum(-1)
+    assert reached_V[token] >= 1 - uniform - 1e-6
+    assert reached_V[token] - probabilities_V[token] <= 1 - uniform + 1e-6
 
 
 @pytest.mark.parametrize("own", [{"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.9}], ids=str)
@@ -130,7 +148,7 @@ def test_equal_logits_are_drawn_from_whatever_others_ask_for(own):
     assert len(logits_BV[0].unique()) < 450
     uniforms = np.random.default_rng(5).random(200).tolist()
     sampling = Sampling(temperature=1.0, **own)
-    alone = sample_tokens(logits_BV, [sampling] * 200, uniforms)
+    alone, _ = sample_tokens(logits_BV, [sampling] * 200, uniforms)
     for other in ({"top_k": 37}, {"top_k": 400}, {"top_p": 0.5}, {}):
         mixed = [sampling, Sampling(temperature=1.0, **other)] * 100
-        assert torch.equal(sample_tokens(logits_BV, mixed, uniforms)[::2], alone[::2])
+        assert torch.equal(sample_tokens(logits_BV, mixed, uniforms)[0][::2], alone[::2])

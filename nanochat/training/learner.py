@@ -1,0 +1,176 @@
+"""One worker's model, optimiser, checkpoints and records: what every stage that trains has, whatever it trains on.
+
+Sources: the parts are nanochat's (base_train.py@92d63d4); the recipe for exact resume is this project's.
+"""
+
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nanochat import storage
+from nanochat.config import generation
+from nanochat.config.training import LearnerConfig
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import CheckpointError, TokenizerMismatchError, TrainingDivergedError
+from nanochat.model import scaling
+from nanochat.model.gpt import GPT
+from nanochat.model.optimizer import MuonAdamW, StepSchedule
+from nanochat.run_context import RunContext
+from nanochat.storage import StageFolder
+from nanochat.training.checkpoint import Checkpoint, CheckpointWriter, load_parameters, newest_checkpoint, step_folder
+from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
+from nanochat.training.metrics import MetricsWriter
+from nanochat.training.plan import Plan
+
+Config = TypeVar("Config", bound=LearnerConfig)
+
+
+class Learner(Generic[Config]):
+    """A model in training on one worker. A stage says what it begins from, its schedule, and what else it keeps."""
+
+    updates_before = 0
+    """Updates that the optimiser's state has seen before step 0."""
+    generation: Mapping[str, float] = generation.BASE  # how the model is sampled where nobody says otherwise
+
+    def __init__(
+        self, config: Config, run: RunContext, tokenizer: Tokenizer, folder: StageFolder, plan: Plan,
+        rates: scaling.LearningRates,
+    ) -> None:  # fmt: skip
+        self.config, self.context, self.tokenizer, self.folder = config, run, tokenizer, folder
+        self.plan, self.rates = plan, rates
+        self.hardware: Hardware = choose_hardware(config, run)
+        self.free_bytes = self.hardware.free_bytes()  # before anything of the plan is allocated
+        self.model = self._build_model()
+        parameters = dict(self.model.named_parameters())
+        groups = scaling.parameter_groups(plan.model, list(parameters), rates, plan.lr_factor)
+        self.optimizer = MuonAdamW(
+            parameters, groups, muon_dtype=self.hardware.dtype, rank=run.rank, world_size=run.world_size
+        )
+        self.writer = CheckpointWriter(
+            folder.checkpoints, rank=run.rank, world_size=run.world_size, keep=config.keep_checkpoints,
+            attempt=self.shared(uuid.uuid4().hex),
+        )  # fmt: skip
+        self.metrics = MetricsWriter(folder, enabled=run.rank == 0, wandb=config.wandb, config=asdict(config))
+        self.saved_step = -1
+        if run.rank == 0:
+            workers = {"workers": run.world_size, "dtype_reason": self.hardware.reason}
+            storage.write_json(folder.machine, describe_machine(self.hardware) | workers)
+
+    def begin(self) -> None:
+        """Prepare parameters and optimiser for step 0; the model has been initialised."""
+
+    def schedule(self, step: int) -> StepSchedule:
+        """Return the learning rate and the like of an update."""
+        raise NotImplementedError
+
+    def stage_state(self) -> dict[str, Any]:
+        """Return what else a checkpoint holds; one that holds otherwise is not resumed from."""
+        return {}
+
+    def shared(self, value: Any) -> Any:
+        """Return the first worker's value; every worker calls it."""
+        holder = [value]
+        if self.context.world_size > 1:
+            dist.broadcast_object_list(holder, src=0, device=self.hardware.device)
+        return holder[0]
+
+    def restore(self, step: int) -> dict[str, Any] | None:
+        """Load the checkpoint of `step` and return its state; step 0 has none, the stage begins it."""
+        self.metrics.begin(step)
+        if step == 0:
+            self.begin()
+            self.optimizer.set_step(self.updates_before)
+            return None
+        checkpoint = Checkpoint(step_folder(self.folder.checkpoints, step))
+        state = checkpoint.state
+        if state["tokenizer_hash"] != self.tokenizer.hash:
+            raise TokenizerMismatchError(
+                f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Put that one back, or start anew."
+            )
+        if state["stage"] != self.stage_state():
+            raise CheckpointError(
+                f"checkpoint={checkpoint.folder}: began from {state['stage']}, not from {self.stage_state()}. "
+                "Put that back, or start anew in another --run-dir."
+            )
+        load_parameters(self.model, checkpoint.model_tensors(), checkpoint.folder)
+        checkpoint.optimizer_tensors(self.optimizer.state_tensors())
+        self.optimizer.set_step(self.updates_before + step)
+        self.saved_step = step
+        return state
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Hand a copy of everything, and what the stage's loop adds to it, to the background writer.
+
+        Raises: TrainingDivergedError rather than keep parameters that are not finite.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise self.diverged("parameters", math.nan, step)
+        state = {
+            "plan": self.plan.as_json(),
+            "model": asdict(self.plan.model),
+            "tokenizer_hash": self.tokenizer.hash,
+            "rates": asdict(self.rates),
+            "updates": self.updates_before + step,
+            "stage": self.stage_state(),
+            "generation": dict(self.generation),
+        } | state
+        self.writer.save(step, self.optimizer.parameters, self.optimizer.state_tensors(), state)
+        self.saved_step = step
+
+    def finish(self, step: int) -> Checkpoint | None:
+        """Wait for what is being written; return the last checkpoint if the horizon is reached."""
+        self.writer.wait()
+        if self.context.world_size > 1:
+            dist.barrier()
+        self.metrics.close()
+        return Checkpoint(step_folder(self.folder.checkpoints, step)) if step == self.plan.num_steps else None
+
+    def diverged(self, name: str, value: float, step: int) -> TrainingDivergedError:
+        """Return the error, with the newest checkpoint, once all workers have written their part of it."""
+        self.writer.wait()
+        if self.context.world_size > 1:
+            dist.barrier()
+        checkpoints = self.folder.checkpoints
+        good = newest_checkpoint(checkpoints, passed_over=lambda why: None)
+        last = "there is no checkpoint" if good is None else f"the last good one is {step_folder(checkpoints, good)}"
+        return TrainingDivergedError(
+            f"{name}={value}: not finite at step {step}; {last}. "
+            "Lower matrix_lr and embedding_lr, or look at what this step trained on."
+        )
+
+    def lower_memory_limit(self, rows: int) -> None:
+        """Leave a smaller micro-batch than `rows`, or recomputing, to the next start: these were too many."""
+        limit = {"micro_batch_rows": max(1, rows // 2), "recompute": self.model.recompute or rows == 1}
+        storage.write_json(self.folder.memory_limit, limit)
+        self.folder.note(f"out of memory with {rows} rows: the next start uses {limit}")
+
+    def within_memory_limit(self, rows: int) -> int:
+        """Return how many of these rows an earlier start has left, and recompute if it says so."""
+        if not storage.exists(self.folder.memory_limit):
+            return rows
+        limit = storage.read_json(self.folder.memory_limit)
+        self.model.recompute |= limit["recompute"]
+        return min(rows, limit["micro_batch_rows"])
+
+    def _build_model(self) -> GPT:
+        """Create the model in float32 with the seed's parameters, the same on every worker."""
+        model = GPT(self.plan.model, self.hardware.dtype)
+        model.initialize(torch.Generator().manual_seed(self.config.seed))
+        model.recompute = self.config.recompute
+        model.to(self.hardware.device)
+        if self.config.fp8:
+            from nanochat.model.fp8 import convert_to_fp8
+
+            convert_to_fp8(model)
+        if self.config.compile != "off":
+            obstacle = can_compile(self.hardware.device)
+            if obstacle is None:
+                model.compile()
+            elif self.context.rank == 0:
+                self.folder.note(obstacle)
+        return model
