@@ -114,7 +114,7 @@ def _turn_taking_worker(job: TrainJob) -> None:
     run = worker_context(job)
     assert isinstance(job.config, PretrainConfig), "the benchmark pretrains"
     inputs = inputs_of(job, run)
-    turns = TakingTurns(iter(inputs.stream), "ray", job.spec.folder.root + "/turns", job.config.num_steps or 0)
+    turns = TakingTurns(iter(inputs.stream), "ray", job.folder.root + "/turns", job.config.num_steps or 0)
     pretrain(job.config, run, replace(inputs, stream=turns))
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat import storage
+from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
 from nanochat.cluster.session import address_of
 from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.rl import RLConfig
 from nanochat.config.sft import SftConfig
-from nanochat.config.training import TrainingConfig
+from nanochat.config.training import LearnerConfig, TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError, NanochatError
@@ -39,6 +41,7 @@ from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT
 from nanochat.training.loop import TrainingInputs
 from nanochat.training.plan import Plan
 from nanochat.training.pretrain import pretrain
+from nanochat.training.rl import RLInputs, improve
 from nanochat.training.sft import SftInputs, finetune
 
 
@@ -51,12 +54,17 @@ def is_retried(error: BaseException) -> bool:
 class TrainJob:
     """All that a worker needs to train."""
 
-    config: TrainingConfig
+    config: LearnerConfig
     tokenizer_folder: str
-    spec: StreamSpec
+    folder: StageFolder
     use_gpu: bool
     worker: Callable[["TrainJob"], None]
     """What each worker runs: `pretrain_worker`, a partial `sft_worker`, or what benchmarks and tests put in place."""
+    workers: list[int]
+    """Worker counts that may run it, ascending."""
+    spec: StreamSpec | None = None
+    """Of a stage that trains on rows."""
+    gpus_per_worker: float = 1.0
 
 
 class OnFailure(UserCallback):
@@ -92,7 +100,7 @@ class ElasticTorchTrainer(TorchTrainer):
     """Ray Train with the policy above; Ray 2.60 has no public place for one."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        allowed = self.train_loop_config.spec.workers
+        allowed = self.train_loop_config.workers
         policy = DividingScalingPolicy(self.scaling_config, allowed)
         return super()._initialize_and_run_controller(**arguments | {"scaling_policy": policy})
 
@@ -130,13 +138,23 @@ def sft_worker(held_out: Sequence[Task], base: Checkpoint, job: "TrainJob") -> N
     finetune(job.config, run, read)
 
 
+def rl_worker(rollouts: RolloutSpec, base: Checkpoint, held_out: Task, job: "TrainJob") -> None:
+    """Learn from rollouts as one worker of a Ray Train group; the first one has the actors."""
+    run = worker_context(job)
+    assert isinstance(job.config, RLConfig), "the job's stage is reinforcement learning"
+    if not job.use_gpu:  # the cores are the actors', too
+        run = replace(run, local_world_size=rollouts.processes)
+    pool = RolloutPool(rollouts, job.folder.note) if run.rank == 0 else None
+    improve(job.config, run, RLInputs(Tokenizer.load(job.tokenizer_folder), base, held_out, pool, job.folder))
+
+
 def _work(job: TrainJob) -> None:
     """Run the job's worker; an exception is written to the run's errors before it leaves the process."""
     try:
         job.worker(job)
     except Exception as err:
         rank = ray.train.get_context().get_world_rank()
-        path = storage.join(job.spec.folder.errors, f"{time.strftime('%Y%m%d-%H%M%S')}_worker_{rank:02d}.txt")
+        path = storage.join(job.folder.errors, f"{time.strftime('%Y%m%d-%H%M%S')}_worker_{rank:02d}.txt")
         story = traceback.format_exc()
         with contextlib.suppress(OSError), storage.atomic_write(path) as file:  # a full disk must not hide `err`
             file.write(story.encode())
@@ -157,8 +175,9 @@ def worker_context(job: TrainJob) -> RunContext:
 
 def inputs_of(job: TrainJob, run: RunContext) -> TrainingInputs:
     """Return a worker's inputs, with its share of Ray Data's stream."""
+    assert job.spec is not None, "the job's stage trains on rows"
     stream = steps_of(ray.train.get_dataset_shard("train"), job.spec.slots, run.world_size)
-    return TrainingInputs(Tokenizer.load(job.tokenizer_folder), job.spec.shards, stream, job.spec.folder)
+    return TrainingInputs(Tokenizer.load(job.tokenizer_folder), job.spec.shards, stream, job.folder)
 
 
 def train_on_ray(
@@ -178,22 +197,36 @@ def train_on_ray(
     Raises: what a worker raised if another try would repeat it, or after max_failures tries.
     """
     shards.check_tokenizer(Tokenizer.load(tokenizer_folder))
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
-    workers = cluster.num_workers or (gpus if use_gpu else 0) or 1
-    check_resources(workers, cluster, use_gpu, folder.note)
+    workers, use_gpu = workers_of(cluster, folder.note)
     spec = StreamSpec(
         shards=shards, seed=config.seed, rows_per_step=plan.rows_per_step, num_steps=plan.num_steps,
         workers=allowed_workers(plan.rows_per_step, cluster.min_workers or workers, workers), folder=folder,
     )  # fmt: skip
-    storage.remove(folder.stop)
-    job = TrainJob(config=config, tokenizer_folder=tokenizer_folder, spec=spec, use_gpu=use_gpu, worker=worker)
+    job = TrainJob(
+        config=config, tokenizer_folder=tokenizer_folder, folder=folder, use_gpu=use_gpu, worker=worker,
+        workers=spec.workers, spec=spec,
+    )  # fmt: skip
+    return run_on_ray(job, plan.num_steps, cluster, watch)
+
+
+def run_on_ray(job: TrainJob, num_steps: int, cluster: ClusterConfig, watch: Callable[[], None]) -> Checkpoint | None:
+    """Run a job's workers, starting them again where that may help; see `train_on_ray`."""
+    storage.remove(job.folder.stop)
     try:
-        _fit(_trainer(job, cluster, workers), watch)
+        _fit(_trainer(job, cluster), watch)
     finally:
-        storage.remove(_ray_storage(folder))
-    last = step_folder(folder.checkpoints, plan.num_steps)
+        storage.remove(_ray_storage(job.folder))
+    last = step_folder(job.folder.checkpoints, num_steps)
     return Checkpoint(last) if problem_with(last, verify=False) is None else None
+
+
+def workers_of(cluster: ClusterConfig, note: Callable[[str], None]) -> tuple[int, bool]:
+    """Return how many workers train, and whether on GPUs. Raises: ClusterError as `check_resources`."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
+    workers = cluster.num_workers or (gpus if use_gpu else 0) or 1
+    check_resources(workers, cluster, use_gpu, note)
+    return workers, use_gpu
 
 
 def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool, note: Callable[[str], None]) -> None:
@@ -209,9 +242,9 @@ def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool, note: C
         note(lack + "Waiting for nodes.")
 
 
-def _trainer(job: TrainJob, cluster: ClusterConfig, workers: int) -> TorchTrainer:
-    use_gpu = job.use_gpu
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+def _trainer(job: TrainJob, cluster: ClusterConfig) -> TorchTrainer:
+    use_gpu, workers = job.use_gpu, job.workers[-1]
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if use_gpu else {})
     environment = {} if use_gpu else dict(CPU_ALLOCATOR_ENVIRONMENT)
     environment["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", compile_cache())
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -225,14 +258,14 @@ def _trainer(job: TrainJob, cluster: ClusterConfig, workers: int) -> TorchTraine
         ),
         run_config=RunConfig(
             name=f"train-{time.time_ns()}",
-            storage_path=_ray_storage(job.spec.folder),
+            storage_path=_ray_storage(job.folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[OnFailure(job.spec.folder)],
+            callbacks=[OnFailure(job.folder)],
             worker_runtime_env={"env_vars": environment},
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        datasets={"train": job.spec.dataset_from_newest_checkpoint},
+        datasets={} if job.spec is None else {"train": job.spec.dataset_from_newest_checkpoint},
         dataset_config=ray.train.DataConfig(execution_options={"train": options}),
     )
 

@@ -26,7 +26,7 @@ from nanochat.errors import CheckpointError
 from nanochat.storage import RunFolder, StageFolder
 
 FORMAT_VERSION = 1
-STAGES = ("pretrain", "sft")
+STAGES = ("pretrain", "sft", "rl")
 """What a model can be named by: the folders of a run directory that hold checkpoints."""
 _STEP_FOLDER = re.compile(r"step_(\d{6,})$")
 

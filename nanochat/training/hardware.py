@@ -85,7 +85,7 @@ def choose_hardware(config: LearnerConfig, run: RunContext) -> Hardware:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // run.local_world_size))
+        torch.set_num_threads(max(1, physical_cores() // run.local_world_size))
     if config.fp8 and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)):
         raise ConfigError("fp8=True: needs an NVIDIA Hopper GPU or newer. Leave it out: bfloat16 runs everywhere.")
     if config.dtype != "auto":
@@ -93,6 +93,11 @@ def choose_hardware(config: LearnerConfig, run: RunContext) -> Hardware:
     if multiplies_bfloat16(device):
         return Hardware(device, torch.bfloat16, "the hardware multiplies bfloat16")
     return Hardware(device, torch.float32, "the hardware does not multiply bfloat16")
+
+
+def physical_cores() -> int:
+    """Return how many cores this machine has."""
+    return psutil.cpu_count(logical=False) or 1
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -141,3 +141,16 @@ def progress_line(record: dict[str, Any], num_steps: int, val_bpb: float | None)
         f"step {record['step'] + 1:>5}/{num_steps}  loss {record['loss']:.3f}  val bpb {bpb}  {speed}  "
         f"data wait {record['data_wait_share']:.1%}  left {eta_s // 60}:{eta_s % 60:02d}"
     )
+
+
+def rl_progress_line(record: dict[str, Any], num_steps: int, score: float | None) -> str:
+    """Return one line for the terminal from the record of an update of RL; `score` is of held-out problems."""
+    eta_s = round(record["eta_s"])
+    held_out = f"{score:.1%}" if score is not None else "-"
+    return (
+        f"step {record['step'] + 1:>5}/{num_steps}  reward {record['reward']:.3f}  held out {held_out}  "
+        f"{record['completion_tokens']:.0f} tokens, {record['truncated_share']:.0%} cut  "
+        f"alike {record['zero_variance_share']:.0%}  stale {record['staleness']:.1f}  KL {record['mismatch_kl']:.1e}  "
+        f"{record['tokens_per_s']:,.0f} tok/s  idle {record['learner_idle_share']:.0%} / "
+        f"{record['rollout_idle_share']:.0%}  left {eta_s // 60}:{eta_s % 60:02d}"
+    )

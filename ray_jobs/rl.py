@@ -1,0 +1,39 @@
+"""A chat model to one that is better at what can be checked. Run again, it resumes; Ctrl-C leaves with a checkpoint."""
+
+import sys
+
+import tyro
+
+from nanochat import storage
+from nanochat.cluster.environment import set_ray_environment
+from nanochat.config.cluster import ClusterConfig
+from nanochat.config.rl import RLConfig, RolloutsConfig
+
+
+def rl(
+    config: tyro.conf.OmitArgPrefixes[RLConfig],
+    rollouts: tyro.conf.OmitArgPrefixes[RolloutsConfig],
+    cluster: tyro.conf.OmitArgPrefixes[ClusterConfig],
+    run_dir: str = "runs/base",
+) -> int:
+    """Improve a run directory's chat model by reinforcement learning on a task.
+
+    Args:
+        run_dir: Run directory with a fine-tuned model, a local path or URI.
+    """
+    set_ray_environment()
+    from nanochat.cluster.jobs import practise
+    from nanochat.cluster.session import session
+    from nanochat.cluster.terminal import Terminal, run_job
+
+    log_path = storage.RunFolder(run_dir).ray_log
+
+    def main() -> None:
+        with storage.claimed(run_dir), session(cluster, log_path):
+            practise(run_dir, config, rollouts, cluster, Terminal())
+
+    return run_job(main, log_path)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(rl))
