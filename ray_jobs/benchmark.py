@@ -17,10 +17,11 @@ from nanochat.config.cluster import ClusterConfig
 class BenchmarkConfig:
     """One benchmark on this machine."""
 
-    what: Annotated[Literal["train", "pack", "stream", "core", "engine", "serve"], tyro.conf.Positional]
+    what: Annotated[Literal["train", "pack", "stream", "core", "engine", "serve", "rl"], tyro.conf.Positional]
     """train (Ray Train against a plain process), pack (text to token shards), stream (shards into a worker), core (a
     run directory's base model on few-shot multiple choice, batched against one example at a time), engine (requests in
-    this process), serve (the same through HTTP and Ray Serve, or what --url names)."""
+    this process), serve (the same through HTTP and Ray Serve, or what --url names), rl (a run directory's chat model on
+    word problems of two steps: what it learns, and how fast it is beside one group at a time)."""
     json: Path | None = None
     """Write hardware and results here."""
     steps: int = 120
@@ -28,7 +29,13 @@ class BenchmarkConfig:
     corpus: str = "pydocs"
     """Text to use: pydocs, or a path, glob or URI."""
     run_dir: str = "runs/benchmark"
-    """Scratch space, kept between runs; core: the run directory of the model."""
+    """Scratch space, kept between runs; core, rl: the run directory of the model."""
+    seeds: int = 3
+    """rl: so many runs, each from the chat model; 0 = speed alone."""
+    updates: int = 30
+    """rl: updates of each."""
+    throughput: bool = True
+    """rl: measure speed, too."""
     bundle: str | None = None
     """core: folder of the evaluation bundle."""
     max_per_task: int = 32
@@ -55,7 +62,7 @@ def benchmark(config: BenchmarkConfig) -> int:
     """Measure and show."""
     job_start_s = time.time()
     set_ray_environment()
-    from nanochat.cluster import benchmarks
+    from nanochat.cluster import benchmarks, rl_benchmark
     from nanochat.cluster.core_benchmark import measure_core
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import run_job
@@ -72,6 +79,10 @@ def benchmark(config: BenchmarkConfig) -> int:
             if config.bundle is None:
                 raise ConfigError("bundle=None: core needs an evaluation bundle. Give its folder with --bundle.")
             report(flat(measure_core(config.run_dir, config.bundle, config.max_per_task), "core"))
+            return
+        if config.what == "rl":
+            with storage.claimed(config.run_dir), session(rl_benchmark.CLUSTER, log_path):
+                report(measure_rl(config))
             return
         if config.what in ("engine", "serve"):
             with storage.claimed(config.run_dir):
@@ -98,6 +109,17 @@ def benchmark(config: BenchmarkConfig) -> int:
             storage.write_json(str(config.json), {"hardware": hardware, "results": results})
 
     return run_job(main, log_path)
+
+
+def measure_rl(config: BenchmarkConfig) -> dict[str, Any]:
+    """Measure what reinforcement learning learns, and how fast."""
+    from nanochat.cluster.rl_benchmark import measure_learning, measure_throughput
+    from nanochat.cluster.terminal import Terminal
+
+    results = measure_throughput(config.run_dir, Terminal()) if config.throughput else {}
+    if config.seeds:
+        results |= measure_learning(config.run_dir, config.seeds, config.updates, Terminal())
+    return results
 
 
 def measure_inference(config: BenchmarkConfig) -> dict[str, object]:
@@ -127,7 +149,7 @@ def show(hardware: dict[str, object], results: dict[str, object]) -> None:
     """Print a table."""
     for name, value in {**hardware, **results}.items():
         if isinstance(value, list):
-            text = " ".join(f"{number:,.0f}" for number in value)
+            text = " ".join(f"{number:,.4g}" for number in value)
         else:
             text = (
                 f"{value:,.4g}"

@@ -1,4 +1,4 @@
-"""The whole line, small: text to a base model, a chat model, scores, pages, and an endpoint. Run again, it resumes."""
+"""The whole line, small: text to a base model, a chat model, a better one, scores, pages, an endpoint. It resumes."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from nanochat.config.corpus import CorpusConfig
 from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.replicas import ReplicasConfig
+from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
@@ -34,6 +35,8 @@ class DemoConfig:
     """Steps of 4,096 tokens."""
     sft_steps: int = 200
     """Steps of fine-tuning, of 2,048 tokens."""
+    rl_steps: int = 12
+    """Updates of reinforcement learning, of 128 answers or more."""
     problems: int = 200
     """Problems of each task that the chat model is scored on."""
     identity: str | None = None
@@ -45,7 +48,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> int:
-    """Train a tokenizer, a small base model and a chat model on this machine, score them, show and serve them.
+    """Train a tokenizer, a small base model and a chat model on this machine, let it practise, score, show and serve.
 
     It serves until Ctrl-C; where the variable CI is set, until one answer has come.
     """
@@ -57,7 +60,7 @@ def demo(config: DemoConfig) -> int:
 
 
 def _run(config: DemoConfig, log_path: str) -> None:
-    from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base
+    from nanochat.cluster.jobs import evaluate_models, finetune_chat, practise, prepare_data, pretrain_base
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal
     from nanochat.pages.report import write_report
@@ -73,6 +76,7 @@ def _run(config: DemoConfig, log_path: str) -> None:
         )  # fmt: skip
         pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
         finetune_chat(config.run_dir, demo_sft(config), cluster, terminal)
+        practise(config.run_dir, demo_rl(config), RolloutsConfig(), cluster, terminal)
         for evaluation in demo_evaluations(config):
             evaluate_models(config.run_dir, evaluation, cluster, terminal)
     terminal.line(f"report     {write_report(config.run_dir)}")
@@ -80,7 +84,9 @@ def _run(config: DemoConfig, log_path: str) -> None:
     terminal.line(f"done in {(time.monotonic() - start_s) / 60:.1f} minutes; now it is served")
     from nanochat.cluster.endpoint_session import free_or_any, run_endpoint
 
-    serving = ServingConfig(run_dir=config.run_dir, models=("sft", "pretrain"), port=config.port or free_or_any(8000))
+    serving = ServingConfig(
+        run_dir=config.run_dir, models=("rl", "sft", "pretrain"), port=config.port or free_or_any(8000)
+    )
     replicas = ReplicasConfig(replica_cpus=1)
     run_endpoint(serving, replicas, cluster, log_path, terminal, is_check=bool(os.environ.get("CI")))
 
@@ -105,13 +111,22 @@ def demo_sft(config: DemoConfig) -> SftConfig:
     )  # fmt: skip
 
 
+def demo_rl(config: DemoConfig) -> RLConfig:
+    """Return the demo's practice: problems of two steps, of which fine-tuning saw one in twenty."""
+    return RLConfig(
+        task="arithmetic:two_step", held_out="arithmetic:two_step_test", num_steps=config.rl_steps, groups_per_step=16,
+        samples_per_group=8, max_new_tokens=96, temperature=0.8, first_lr_factor=0.4, evaluate_every=0,
+        held_out_problems=config.problems, sample_every=4, checkpoint_every=6,
+    )  # fmt: skip
+
+
 def demo_evaluations(config: DemoConfig) -> list[EvaluationConfig]:
-    """Return what is scored: the base model on word problems, the chat model on everything that it was taught."""
+    """Return what is scored: the base model on word problems, the chat models on everything that they were taught."""
     tasks = ("arithmetic", "arithmetic:test_templates", "identity", "spelling")
     return [
         EvaluationConfig(models=("pretrain",), tasks=("arithmetic",), max_per_task=config.problems, max_new_tokens=64),
         EvaluationConfig(
-            models=("sft",), tasks=tasks, max_per_task=config.problems, max_new_tokens=96, identity=config.identity
+            models=("sft", "rl"), tasks=tasks, max_per_task=config.problems, max_new_tokens=96, identity=config.identity
         ),
     ]
 

@@ -1,6 +1,7 @@
 """The stages as jobs: each takes its configs, a run directory and a terminal, and runs on the current Ray session."""
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,7 @@ from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
 from nanochat.errors import ClusterError, ConfigError
 from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
+from nanochat.inference.rollouts import with_reward
 from nanochat.provenance import begin_stage, check_stage, file_identity
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
@@ -183,6 +185,7 @@ def practise(
         terminal.line(f"tokenizer  the base model's, from {of_base}")
     check_stage(folder.rl.root, {"rl": config})
     task, held_out = load_practice(config, folder.tasks)
+    with_reward(Excerpt(held_out, 1), config.reward, os.getcwd())  # refused before anything starts
     plan, _, inherited = resolve_rl(config, base)
     workers, actors, gpus_each, use_gpu = share_machines(cluster, rollouts, terminal.line)
     begin_stage(
@@ -200,7 +203,8 @@ def practise(
     )
     spec = RolloutSpec(
         config=config, rollouts=replace(rollouts, gpus_per_actor=gpus_each or rollouts.gpus_per_actor), actors=actors,
-        model=plan.model, tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, use_gpu=use_gpu,
+        model=plan.model, tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(),
+        use_gpu=use_gpu,
         processes=workers + actors,
     )  # fmt: skip
     job = TrainJob(
@@ -262,7 +266,7 @@ def evaluate_models(
     models = [named_model(run_dir, name, terminal.line) for name in config.models]
     for model in models:
         terminal.line(f"model      {model.name}: {model.checkpoint}")
-    if config.identity is None and "sft" in config.models and (character := trained_character(run_dir)):
+    if config.identity is None and {"sft", "rl"} & set(config.models) and (character := trained_character(run_dir)):
         config = replace(config, identity=character)
         terminal.line(f"identity   the character that was trained: {character}")
     if config.hf is not None:
@@ -378,7 +382,11 @@ def summary(run_dir: str) -> dict[str, Any]:
     folder = RunFolder(run_dir)
     bits = [record["val_bpb"] for record in storage.read_jsonl(folder.pretrain.metrics) if "val_bpb" in record]
     found: dict[str, Any] = {"val_bpb": bits[-1] if bits else None}
-    for model, label in (("pretrain", "base"), ("sft", "sft")):
+    scores = [record for record in storage.read_jsonl(folder.rl.metrics) if "held_out_n" in record]
+    if scores:
+        for when, record in (("before", scores[0]), ("after", scores[-1])):
+            found[f"rl_pass1_{when}"] = {"accuracy": record["held_out_pass_at_1"], "n": record["held_out_n"]}
+    for model, label in (("pretrain", "base"), ("sft", "sft"), ("rl", "rl")):
         path = storage.join(folder.evaluation.root, f"{model}.json")
         for task, score in (storage.read_json(path)["chat"] if storage.exists(path) else {}).items():
             found[f"{task}_{label}"] = {"accuracy": score["accuracy"], "n": score["n"]}

@@ -25,7 +25,7 @@ from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError, excerpt
-from nanochat.inference.rollouts import Group, GroupSampler
+from nanochat.inference.rollouts import Group, GroupSampler, with_reward
 from nanochat.run_context import RunContext
 from nanochat.training.hardware import choose_hardware
 from nanochat.training.rl import load_practice
@@ -46,6 +46,8 @@ class RolloutSpec:
     model: ModelConfig
     tokenizer_folder: str
     tasks_folder: str
+    working_folder: str
+    """Where the module of a reward is looked for."""
     use_gpu: bool
     processes: int
     """Processes that share the cores of this machine: actors and learners."""
@@ -80,9 +82,10 @@ class RolloutActor:
         tokenizer = Tokenizer.load(spec.tokenizer_folder)
         run = RunContext(use_gpu=spec.use_gpu, local_world_size=spec.processes)
         hardware = choose_hardware(spec.config, run)
+        task = with_reward(load_practice(spec.config, spec.tasks_folder)[0], spec.config.reward, spec.working_folder)
         self.sampler = GroupSampler(
-            spec.config, tokenizer, load_practice(spec.config, spec.tasks_folder)[0], spec.model, dtype=hardware.dtype,
-            device=hardware.device, running=spec.rollouts.running,
+            spec.config, tokenizer, task, spec.model, dtype=hardware.dtype, device=hardware.device,
+            running=spec.rollouts.running,
         )  # fmt: skip
         self._start_s, self._idle_s, self._load_s = time.monotonic(), 0.0, 0.0
         self._orders: queue.SimpleQueue[tuple[Order, Future[Group]]] = queue.SimpleQueue()

@@ -22,7 +22,8 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.inference.engine import Engine, Request, complete
+from nanochat.inference.completions import complete
+from nanochat.inference.engine import Engine, Request
 from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext

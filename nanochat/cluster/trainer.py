@@ -33,6 +33,7 @@ from nanochat.config.training import LearnerConfig, TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError, NanochatError
+from nanochat.inference.rollouts import with_reward
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.tasks.task import Task
@@ -144,6 +145,7 @@ def rl_worker(rollouts: RolloutSpec, base: Checkpoint, held_out: Task, job: "Tra
     assert isinstance(job.config, RLConfig), "the job's stage is reinforcement learning"
     if not job.use_gpu:  # the cores are the actors', too
         run = replace(run, local_world_size=rollouts.processes)
+    held_out = with_reward(held_out, job.config.reward, rollouts.working_folder)
     pool = RolloutPool(rollouts, job.folder.note) if run.rank == 0 else None
     improve(job.config, run, RLInputs(Tokenizer.load(job.tokenizer_folder), base, held_out, pool, job.folder))
 

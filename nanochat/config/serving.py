@@ -15,7 +15,7 @@ class ServingConfig:
     run_dir: str = "runs/demo"
     """Run directory, a local path or URI."""
     models: tuple[str, ...] = ("sft",)
-    """Models side by side: stages of the run directory (pretrain, sft), or NAME=CHECKPOINT_FOLDER."""
+    """Models side by side: stages of the run directory (pretrain, sft, rl), or NAME=CHECKPOINT_FOLDER."""
     host: str = "127.0.0.1"
     """Address to listen on; anything but loopback needs API keys."""
     port: int = 8000

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from nanochat.data.conversations import Conversation, Part, parse_parts, render_prompt
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.evaluation.scoring import GPTScorer, Option
-from nanochat.inference.engine import Completion, Engine, Request, complete
+from nanochat.inference.completions import Completion, complete
+from nanochat.inference.engine import Engine, Request
 from nanochat.inference.tool_loop import ToolLoop
 from nanochat.model.gpt import GPT
 from nanochat.tasks.task import Task

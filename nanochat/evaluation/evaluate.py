@@ -49,7 +49,7 @@ class Model:
     """One model that is scored."""
 
     name: str
-    """pretrain, sft, or the name of a folder."""
+    """pretrain, sft, rl, or the name of a folder."""
     checkpoint: str | None
     """Its checkpoint folder; None for a `transformers` model."""
 

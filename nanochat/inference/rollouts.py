@@ -10,8 +10,8 @@ Source of the idea of going on under new weights: partial rollouts of AReaL, arX
 import functools
 import importlib
 import math
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,7 @@ from nanochat.data.conversations import Conversation, parse_parts, render_prompt
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError, excerpt
 from nanochat.evaluation.chat import shown
-from nanochat.inference.engine import Engine, FinishReason, Request
+from nanochat.inference.engine import Engine, Event, FinishReason, Request
 from nanochat.inference.tool_loop import ToolLoop
 from nanochat.model.gpt import GPT
 from nanochat.tasks.task import Task
@@ -94,8 +94,15 @@ def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset({tokenizer.special("<|assistant_end|>"), tokenizer.bos})
 
 
-def load_reward(name: str) -> Callable[[Conversation, str], float]:
-    """Return the function MODULE:NAME. Raises: ConfigError if there is none."""
+def with_reward(task: Task, name: str | None, folder: str) -> Task:
+    """Return the task, judged by the function MODULE:NAME if there is one; `folder` is searched for the module, too.
+
+    Raises: ConfigError if there is no such function.
+    """
+    if name is None:
+        return task
+    if folder not in sys.path:
+        sys.path.append(folder)
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -105,7 +112,8 @@ def load_reward(name: str) -> Callable[[Conversation, str], float]:
         ) from err
     if not callable(found):
         raise ConfigError(f"reward={name}: is no function. Name one that takes a conversation and a reply.")
-    return found
+    task.reward = found  # type: ignore[method-assign]
+    return task
 
 
 def packed_weights(model: GPT) -> bytes:
@@ -126,8 +134,7 @@ class GroupSampler:
         self.model, self.dtype, self.device, self.running = model, dtype, device, running
         self.version = -1
         """The policy's; -1 before there is one."""
-        self.tokens = 0
-        """Sampled so far."""
+        self.ends = ends_of(tokenizer)
         self._engine: Engine | None = None
         self._loop: ToolLoop | None = None
         self._groups: dict[int, _Unfinished] = {}
@@ -166,7 +173,7 @@ class GroupSampler:
             return
         for place in range(len(samples)):
             request = Request(
-                prompt=prompt, max_new_tokens=room, stop_tokens=ends_of(self.tokenizer),
+                prompt=prompt, max_new_tokens=room, stop_tokens=self.ends,
                 temperature=config.temperature, seed=(config.seed << 64) + (group << 16) + place,
             )  # fmt: skip
             self._places[self._loop.add(request)] = (group, place)
@@ -175,19 +182,7 @@ class GroupSampler:
         """Work for a moment and return the groups that are done."""
         if self._loop is not None and self._places:
             for event in self._loop.step():
-                group, place = self._places[event.id]
-                sample = self._groups[group].group.samples[place]
-                sample.tokens.append(event.token)
-                sample.is_forced.append(event.is_forced)
-                sample.logprobs.append(event.logprob)
-                sample.versions.append(self.version)
-                self.tokens += not event.is_forced
-                if event.finish_reason is not None:
-                    sample.finish_reason = event.finish_reason
-                    del self._places[event.id]
-                    self._groups[group].left -= 1
-                    if not self._groups[group].left:
-                        self._finish(group)
+                self._take(event)
         finished, self._finished = self._finished, []
         return finished
 
@@ -195,6 +190,20 @@ class GroupSampler:
     def unfinished(self) -> int:
         """Completions that are being sampled or wait for it."""
         return len(self._places)
+
+    def _take(self, event: Event) -> None:
+        group, place = self._places[event.id]
+        sample = self._groups[group].group.samples[place]
+        sample.tokens.append(event.token)
+        sample.is_forced.append(event.is_forced)
+        sample.logprobs.append(event.logprob)
+        sample.versions.append(self.version)
+        if event.finish_reason is not None:
+            sample.finish_reason = event.finish_reason
+            del self._places[event.id]
+            self._groups[group].left -= 1
+            if not self._groups[group].left:
+                self._finish(group)
 
     def _finish(self, number: int) -> None:
         """Judge a group's samples."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.calculator import calculate
-from nanochat.inference.engine import Event, Request, TokenSource
+from nanochat.inference.completions import TokenSource
+from nanochat.inference.engine import Event, Request
 
 NO_RESULT = "error"
 """What the tool says to a call that it cannot evaluate."""

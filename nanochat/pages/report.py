@@ -14,6 +14,7 @@ from markupsafe import Markup
 from nanochat import storage
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
@@ -21,6 +22,7 @@ from nanochat.data.token_shards import MANIFEST
 from nanochat.pages.charts import Series, line_chart, smooth
 from nanochat.pages.page import write_page
 from nanochat.pages.report_chat import chat_values
+from nanochat.pages.report_rl import rl_values
 from nanochat.storage import RunFolder
 
 CONFIGS: dict[str, type[Any]] = {
@@ -29,6 +31,8 @@ CONFIGS: dict[str, type[Any]] = {
     "shards": ShardsConfig,
     "pretrain": PretrainConfig,
     "sft": SftConfig,
+    "rl": RLConfig,
+    "rollouts": RolloutsConfig,
 }
 
 Record = dict[str, Any]
@@ -40,6 +44,7 @@ def write_report(run_dir: str) -> str:
     records = storage.read_jsonl(folder.pretrain.metrics)
     prepared = _read(storage.join(folder.shards, "config.json"))
     trained = _read(folder.pretrain.config)
+    configs = (prepared, trained, _read(folder.sft.config), _read(folder.rl.config))
     values = {
         "title": storage.name_of(run_dir),
         "model": {"parameters": None, "num_steps": None} | trained.get("resolved", {}),
@@ -48,10 +53,11 @@ def write_report(run_dir: str) -> str:
         "samples": storage.read_jsonl(folder.pretrain.samples)[::-1],
         "data": data_figures(_read(storage.join(folder.shards, MANIFEST)), prepared),
         "compression": _read(storage.join(folder.tokenizer, "report.json")),
-        "config": config_rows(prepared) + config_rows(trained) + config_rows(_read(folder.sft.config)),
+        "config": [row for config in configs for row in config_rows(config)],
         "machine": machine_rows(trained or prepared, _read(folder.pretrain.machine)),
         "starts": [record.get("note", "") for record in storage.read_jsonl(folder.pretrain.notes)],
-    } | chat_values(folder)
+    }
+    values |= chat_values(folder) | rl_values(folder)
     return write_page(folder.report, "report.html", values)
 
 

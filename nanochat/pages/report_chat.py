@@ -9,6 +9,7 @@ from nanochat import storage
 from nanochat.evaluation.evaluate import read_scores, score_rows, scores_path
 from nanochat.pages.charts import Series, line_chart, smooth
 from nanochat.storage import RunFolder
+from nanochat.training.checkpoint import STAGES
 
 SHOWN_PROBLEMS = 3
 Record = dict[str, Any]
@@ -29,10 +30,10 @@ def chat_values(folder: RunFolder) -> Record:
 
 
 def read_models(folder: RunFolder) -> dict[str, Record]:
-    """Return each model's evaluation/MODEL.json, the base model first. Raises: DamagedFileError naming the file."""
+    """Return each model's evaluation/MODEL.json, the stages in order. Raises: DamagedFileError naming the file."""
     root = folder.evaluation.root
     names = [name.removesuffix(".json") for name in storage.list_names(root) if name.endswith(".json")]
-    names.sort(key=lambda name: (name != "pretrain", name))
+    names.sort(key=lambda name: (STAGES.index(name) if name in STAGES else len(STAGES), name))
     return {name: read_scores(scores_path(folder, name)) for name in names}
 
 

@@ -19,11 +19,13 @@ SECTIONS: tuple[Section, ...] = PRETRAIN_SECTIONS + CHAT_SECTIONS
 def write_walk(run_dir: str, sections: Sequence[Section] = SECTIONS) -> str:
     """Write the run's walk.html, atomically, and return its path; `run_dir` may be a URI.
 
-    A section whose artifacts are missing says so.
+    A section whose artifacts are missing says so; one of a stage that not every run has is left out.
     """
     walk = Walk(run_dir)
     shown = []
     for section in sections:
+        if section.needs is not None and not storage.exists(storage.join(walk.folder.root, section.needs)):
+            continue
         try:
             values, missing = section.values(walk), None
         except NanochatError as err:

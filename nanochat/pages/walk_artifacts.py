@@ -109,6 +109,8 @@ class Section:
     """Functions and classes that did the work."""
     values: Callable[[Walk], Values]
     """Computes what the macro shows. Raises: NanochatError where something is missing; the page shows its message."""
+    needs: str | None = None
+    """A file of the run without which the section is left out: its stage is not part of every run."""
 
 
 def shown_tokens(tokenizer: Tokenizer, ids: Sequence[int], weights: Sequence[float] | None = None) -> list[Values]:

@@ -1,4 +1,4 @@
-"""The run's mixture to the walk's section on conversations: one held-out conversation, its tokens and its loss mask."""
+"""A run's chat stages to the walk's sections: a held-out conversation and its loss mask, rollouts and their rewards."""
 
 import numpy as np
 
@@ -6,9 +6,14 @@ from nanochat import storage
 from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import render, supervised
 from nanochat.errors import DataError
+from nanochat.inference.rollouts import GroupSampler
 from nanochat.pages.walk_artifacts import Section, Values, Walk, shown_tokens
 from nanochat.tasks.mixture import MixtureSource, load_mixture
+from nanochat.training.policy_gradient import advantages
+from nanochat.training.rl import PolicyTraining
 from nanochat.training.sft import FineTuning
+
+REPLY = ("which", "group", "question", "reply", "reward", "tokens", "truncated")
 
 
 def conversation_values(walk: Walk) -> Values:
@@ -38,6 +43,32 @@ def conversation_values(walk: Walk) -> Values:
     }
 
 
+def rollout_values(walk: Walk) -> Values:
+    """Return the newest noted best and worst reply of one group, with what their advantages do.
+
+    Raises: DataError if there is none yet, or another version wrote the notes.
+    """
+    path = walk.folder.rl.samples
+    written, notes = storage.read_json(walk.folder.rl.config), storage.read_jsonl(path)
+    try:
+        config = written["config"]["rl"]
+        for note in reversed(notes):
+            best, worst = ({name: one[name] for name in REPLY} for one in note["samples"])
+            if best["group"] == worst["group"] and best["reward"] > worst["reward"]:
+                return {
+                    "step": note["step"], "question": best["question"], "samples": config["samples_per_group"],
+                    "advantage": config["advantage"], "skips_cut": config["mask_truncated"],
+                    "replies": [best, worst],
+                }  # fmt: skip
+    except (TypeError, KeyError, ValueError) as err:
+        raise DataError(f"rl={path}: has other fields ({err}). Use the version that wrote it.") from err
+    raise DataError(f"rl={path}: has no two replies to one question with different rewards yet.")
+
+
 CHAT_SECTIONS = (
     Section("conversation", "A conversation and its mask", (render, supervised, FineTuning), conversation_values),
-)
+    Section(
+        "rollouts", "Replies and their rewards", (GroupSampler, advantages, PolicyTraining), rollout_values,
+        needs="rl/config.json",
+    ),
+)  # fmt: skip

@@ -20,7 +20,8 @@ import torch
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError, NanochatError
-from nanochat.inference.engine import Engine, Event, Request, TokenSource, complete
+from nanochat.inference.completions import TokenSource, complete
+from nanochat.inference.engine import Engine, Event, Request
 from nanochat.inference.load import load_model
 from nanochat.inference.tool_loop import ToolLoop
 from nanochat.run_context import RunContext

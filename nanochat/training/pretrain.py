@@ -1,7 +1,8 @@
 """Rows of tokens to a base model: the training loop with the depth dial's plan and nanochat's schedule."""
 
 from nanochat.config.pretrain import PretrainConfig
-from nanochat.inference.engine import Engine, Request, complete
+from nanochat.inference.completions import complete
+from nanochat.inference.engine import Engine, Request
 from nanochat.inference.load import inference_copy
 from nanochat.model.optimizer import StepSchedule
 from nanochat.run_context import RunContext

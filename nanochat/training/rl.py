@@ -27,7 +27,7 @@ from nanochat.errors import ConfigError, TokenizerMismatchError
 from nanochat.evaluation.chat import answer
 from nanochat.evaluation.statistics import pass_at_k
 from nanochat.inference.load import inference_copy
-from nanochat.inference.rollouts import Group, Sample, load_reward, packed_weights
+from nanochat.inference.rollouts import Group, Sample, packed_weights
 from nanochat.inference.tool_loop import tool_alone
 from nanochat.model import scaling
 from nanochat.model.gpt import GPT
@@ -61,7 +61,7 @@ class RLInputs:
 
 
 def load_practice(config: RLConfig, folder: str) -> tuple[Task, Task]:
-    """Return the task to practise and the one held out, with the config's own reward if it has one.
+    """Return the task to practise and the one held out, judged by their own rules.
 
     `folder` is where tasks are downloaded to. Raises: ConfigError if there is nothing to judge replies by, or the
     held-out problems are the practised ones.
@@ -74,8 +74,6 @@ def load_practice(config: RLConfig, folder: str) -> tuple[Task, Task]:
             raise ConfigError(f"{field}={text}: has no right answers. Give a rule with --reward MODULE:FUNCTION.")
         if not len(task):
             raise ConfigError(f"{field}={text}: has no problems. Name another split.")
-        if config.reward is not None:
-            task.reward = load_reward(config.reward)  # type: ignore[method-assign]
         practice.append(task)
     if practice[0].split == practice[1].split:
         raise ConfigError(f"held_out={held_out}: is what is practised. Name another split with --held-out NAME:SPLIT.")
@@ -168,34 +166,39 @@ class PolicyTraining(Learner[RLConfig]):
 
     def _train(self, step: int) -> int:
         """Run updates until the last one or until asked to stop; returns the step that would come next."""
-        config, num_steps = self.config, self.plan.num_steps
-        if step == 0:
-            self._evaluate(0)
-        if self.rollouts is not None:
+        if self.rollouts is not None and step < self.plan.num_steps:
             self.rollouts.begin(self.next_group, step)
-        self._publish(step)
-        stopped, mark_s = False, time.perf_counter()
-        while step < num_steps and not stopped:
-            taken = None if self.rollouts is None else self.rollouts.take()
-            batch, stopped = self.shared((taken, storage.exists(self.folder.stop)))
-            waited_s = time.perf_counter() - mark_s
-            figures = self.step.run(batch, self.schedule(step))
-            if not math.isfinite(figures["loss"]):
-                raise self.diverged("loss", figures["loss"], step)
-            self.next_group = batch.next_group
-            step += 1
-            if step < num_steps and not stopped:
-                self._publish(step)
-            step_s = time.perf_counter() - mark_s
-            self.training_s += step_s
-            mark_s = time.perf_counter()
-            self._log(step - 1, batch, figures, step_s, waited_s)
-            if step < num_steps and config.checkpoint_every and step % config.checkpoint_every == 0:
-                self._save(step)
-            if step == num_steps or (config.evaluate_every and step % config.evaluate_every == 0):
+            self._publish(step)
+        stopped = False
+        while True:
+            if step in (0, self.plan.num_steps) or self._due(self.config.evaluate_every, step):
                 self._evaluate(step)
-                mark_s = time.perf_counter()  # no part of a step's time
-        return step
+            if stopped or step == self.plan.num_steps:
+                return step
+            stopped = self._update(step)
+            step += 1
+            if step < self.plan.num_steps and self._due(self.config.checkpoint_every, step):
+                self._save(step)
+
+    def _update(self, step: int) -> bool:
+        """Take a batch, update, and publish the next policy; tells whether somebody asked to stop."""
+        start_s = time.perf_counter()
+        taken = None if self.rollouts is None else self.rollouts.take()
+        batch, stopped = self.shared((taken, storage.exists(self.folder.stop)))
+        waited_s = time.perf_counter() - start_s
+        figures = self.step.run(batch, self.schedule(step))
+        if not math.isfinite(figures["loss"]):
+            raise self.diverged("loss", figures["loss"], step)
+        self.next_group = batch.next_group
+        if step + 1 < self.plan.num_steps and not stopped:
+            self._publish(step + 1)
+        step_s = time.perf_counter() - start_s
+        self.training_s += step_s
+        self._log(step, batch, figures, step_s, waited_s)
+        return stopped
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
 
     def _publish(self, version: int) -> None:
         """Give the weights to who samples."""

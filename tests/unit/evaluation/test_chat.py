@@ -10,7 +10,7 @@ from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.evaluation.chat import Verdict, answer, judge, read_reply
 from nanochat.evaluation.evaluate import chat_core, chat_score, score_table
-from nanochat.inference.engine import Completion
+from nanochat.inference.completions import Completion
 from nanochat.inference.load import inference_copy
 from nanochat.model.gpt import GPT
 from nanochat.tasks.task import ListedTask

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
-from nanochat.inference.engine import CHUNK_TOKENS, Engine, Event, PromptReport, Request, complete
-from nanochat.inference.sampling import uniform
+from nanochat.inference.completions import complete
+from nanochat.inference.engine import CHUNK_TOKENS, Engine, Event, PromptReport, Request
 from nanochat.inference.paged_cache import PAGE_TOKENS
+from nanochat.inference.sampling import uniform
 from nanochat.inference.tool_loop import MAX_CALLS, NO_RESULT, ToolLoop
 from nanochat.model.gpt import GPT
 

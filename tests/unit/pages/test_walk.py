@@ -1,4 +1,5 @@
 import dataclasses
+import html
 import math
 import re
 import shutil
@@ -42,6 +43,35 @@ def test_the_conversations_mask_is_what_is_trained_on(walk):
     says = [token["says"] for token in values["tokens"]]
     assert says == supervised(walk.tokenizer, ids).tolist()
     assert 0 < sum(says) == values["supervised"] < len(says) == values["count"]
+
+
+def test_the_newest_rollouts_of_one_group_are_compared(walk, page):
+    (section,) = (section for section in SECTIONS if section.name == "rollouts")
+    values = section.values(walk)
+    assert values["step"] == 1, "the later note has replies to two questions"
+    assert [one["group"] for one in values["replies"]] == [7, 7]
+    text = " ".join(html.unescape(re.sub(r"</?(?:p|b|small)\b[^>]*>", "", page)).split())
+    assert "it replies 4 times to a question" in text
+    assert "later yes best: reward 1.0; its advantage is above 0, so that what the model said in it becomes li" in text
+    worst = "worst: reward 0.125, cut off at 37 tokens; its advantage is below 0, so that what the model said"
+    assert f"{' '.join(HOSTILE.split())} {worst} in it becomes less likely" in text
+    assert "The advantage is the reward minus the mean of its group." in text
+
+
+def test_a_run_without_reinforcement_learning_has_no_section_on_it(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("rl"))
+    page = Path(write_walk(str(tmp_path / "run"))).read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == [one.name for one in SECTIONS if one.name != "rollouts"]
+    assert "Replies and their rewards" not in page
+
+
+@pytest.mark.parametrize("note", [{"step": 4}, {"samples": [{}, {}]}, {"samples": [5, 6]}, {"samples": []}])
+def test_rollouts_in_another_form_are_named(tiny_run, tmp_path, note):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    storage.append_jsonl(str(tmp_path / "run/rl/samples.jsonl"), note)
+    sections = [section for section in SECTIONS if section.name == "rollouts"]
+    page = Path(write_walk(str(tmp_path / "run"), sections)).read_text()
+    assert "rl/samples.jsonl: has other fields" in page
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +262,10 @@ def test_code_is_named_by_file_and_line(page):
     [
         ("pretrain/checkpoints", {"attention", "loss", "predictions", "updates"}),
         ("pretrain/config.json", {"attention", "loss", "predictions", "updates"}),
-        ("shards/manifest.json", {section.name for section in SECTIONS} - {"conversation"}),
+        ("shards/manifest.json", {section.name for section in SECTIONS} - {"conversation", "rollouts"}),
         ("sft/config.json", {"conversation"}),
-        ("tokenizer", {section.name for section in SECTIONS}),
+        ("rl/samples.jsonl", {"rollouts"}),
+        ("tokenizer", {section.name for section in SECTIONS} - {"rollouts"}),
     ],
 )
 def test_a_missing_part_is_named_and_the_rest_is_there(tiny_run, tmp_path, missing, sections):

@@ -10,6 +10,7 @@ import torch
 from nanochat import storage
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
@@ -52,6 +53,34 @@ SFT_METRICS = [
     {"step": 0, "loss": 3.25},
     {"step": 1, "loss": 1.25},
     {"step": 2, "val_bpb": 0.625, "chat_arithmetic": 0.96875},
+]
+
+RL_METRICS = [
+    {"step": 0, "held_out_reward": 0.25, "held_out_pass_at_1": 0.25, "held_out_n": 48},
+    *(
+        {
+            "step": step, "loss": -0.1, "entropy": 0.5 - step / 8, "mismatch_kl": step / 1024,
+            "reward": 0.25 + step / 8, "completion_tokens": 40.0 + step, "truncated_share": 0.25 - step / 16,
+            "zero_variance_share": step / 4, "staleness": step / 4, "staleness_max": float(step > 0),
+            "pass_at_1": 0.25 + step / 8, "pass_at_2": 0.5, "pass_at_4": 0.75, "rollout_idle_share": 0.125,
+            "rollout_deaths": 0.0, "learner_idle_share": 0.5 - step / 8, "samples": 24 + 4 * step,
+            "tokens_per_s": 500.0 + 100 * step, "training_s": 60.0 * (step + 1),
+        }
+        for step in range(3)
+    ),
+    {"step": 3, "held_out_reward": 0.75, "held_out_pass_at_1": 0.75, "held_out_n": 48},
+]  # fmt: skip
+
+
+def rollout(which: str, group: int, reward: float, reply: str) -> dict[str, object]:
+    return {"which": which, "group": group, "question": f"How many of {group}?", "reply": reply, "reward": reward,
+            "tokens": 30 + group, "truncated": which == "worst"}  # fmt: skip
+
+
+RL_SAMPLES = [
+    {"step": 0, "samples": [rollout("best", 1, 1.0, "early yes"), rollout("worst", 1, 0.0, "early no")]},
+    {"step": 1, "samples": [rollout("best", 7, 1.0, "later yes"), rollout("worst", 7, 0.125, HOSTILE)]},
+    {"step": 2, "samples": [rollout("best", 8, 1.0, "two yes"), rollout("worst", 9, 0.0, "two no")]},
 ]
 
 
@@ -104,6 +133,7 @@ def write_tiny_run(run_dir: str, source: Path) -> None:
     write_token_shards(shards_config, RunContext(), corpus, tokenizer, run_dir + "/shards")
     write_pretraining(run_dir + "/pretrain", tokenizer.vocab_size)
     write_chat(run_dir)
+    write_rl(run_dir)
 
 
 def write_pretraining(folder: str, vocab_size: int) -> None:
@@ -132,3 +162,15 @@ def write_chat(run_dir: str) -> None:
     storage.append_jsonl(run_dir + "/sft/samples.jsonl", {"step": 2, "samples": {"Who are you?": HOSTILE}})
     for name, scores in SCORES.items():
         storage.write_json(f"{run_dir}/evaluation/{name}.json", scores)
+
+
+def write_rl(run_dir: str) -> None:
+    """Write what reinforcement learning leaves, without its checkpoint."""
+    config = RLConfig(task="arithmetic:two_step", num_steps=3, groups_per_step=6, samples_per_group=4)
+    resolved = {"base": "runs/x/step_000002", "num_steps": 3}
+    begin_stage(run_dir + "/rl", {"rl": config, "rollouts": RolloutsConfig(running=8)}, resolved)
+    for record in RL_METRICS:
+        storage.append_jsonl(run_dir + "/rl/metrics.jsonl", record)
+    for record in RL_SAMPLES:
+        storage.append_jsonl(run_dir + "/rl/samples.jsonl", record)
+    storage.append_jsonl(run_dir + "/rl/notes.jsonl", {"note": "a worker group starts at step 0"})

@@ -13,7 +13,8 @@ from nanochat.config.model import ModelConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
-from nanochat.inference.engine import Engine, Event, Request, complete
+from nanochat.inference.completions import complete
+from nanochat.inference.engine import Engine, Event, Request
 from nanochat.inference.tool_loop import ToolLoop
 from nanochat.model.gpt import GPT
 from nanochat.serving.backend import BackendDeadError, Hosted, NativeBackend, ServedModel

@@ -219,15 +219,16 @@ def test_any_sequences_against_a_loop(loss, low, high, kl_beta):
     config, cut = RLConfig(loss=loss, kl_beta=kl_beta, tis_cap=1.2), set()
     for seed in range(60):
         logprobs, rollout, reference, advantage = random_case(seed)
+        now, before, others = ([value for values in one for value in values] for one in (logprobs, rollout, reference))
         sequence = [number for number, values in enumerate(rollout) for _ in values]
-        tokens = Tokens(torch.tensor(sum(rollout, [])), torch.tensor(sequence), torch.tensor(advantage))
+        tokens = Tokens(torch.tensor(before), torch.tensor(sequence), torch.tensor(advantage))
         if kl_beta:
-            tokens = replace(tokens, reference_N=torch.tensor(sum(reference, [])))
-        losses, slopes = gradient(config, sum(logprobs, []), tokens)
+            tokens = replace(tokens, reference_N=torch.tensor(others))
+        losses, slopes = gradient(config, now, tokens)
         expected = naive(config, logprobs, rollout, reference, advantage, low, high)
         assert losses == pytest.approx(expected[0], rel=1e-4, abs=2e-5)
         assert slopes == pytest.approx(expected[1], rel=1e-4, abs=2e-5)
-        assert clipped(config, torch.tensor(sum(logprobs, [])), tokens).tolist() == expected[2]
+        assert clipped(config, torch.tensor(now), tokens).tolist() == expected[2]
         cut |= set(expected[2])
     assert cut == {True, False}
 

@@ -7,12 +7,13 @@ import torch
 from tiny_pretraining import tiny_config
 
 from nanochat import storage
-from nanochat.inference.engine import Engine, Request, complete
+from nanochat.inference.completions import complete
+from nanochat.inference.engine import Engine, Request
 from nanochat.model import gpt
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import StepSchedule
 from nanochat.model.scaling import scaled_weight_decay
-from nanochat.training import loop
+from nanochat.training import learner, loop
 from nanochat.training.checkpoint import Checkpoint, step_folder
 from nanochat.training.plan import resolve
 from nanochat.training.step import TrainingStep
@@ -106,7 +107,7 @@ def test_the_model_that_trains_is_compiled_where_it_can_be(new_run, monkeypatch,
         trained.append(step.model)
         return backward(step, rows_BT1, global_tokens)
 
-    monkeypatch.setattr(loop, "can_compile", lambda device: obstacle)
+    monkeypatch.setattr(learner, "can_compile", lambda device: obstacle)
     monkeypatch.setattr(GPT, "compile", lambda model: compiled.append(model))
     monkeypatch.setattr(TrainingStep, "backward", recorded)
     run = new_run()

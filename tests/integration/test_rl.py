@@ -1,0 +1,210 @@
+"""Reinforcement learning on a real Ray: exact with actors, exact through kills, and clear when nobody is left."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from rl_run import HERE, Killer, TinyRL, batches, check_log, processes, write_problems
+from test_pretraining import TINY, notes_of, wait_for
+
+from nanochat.errors import ClusterError, ConfigError
+from nanochat.run_context import RunContext
+from nanochat.storage import RunFolder, read_jsonl
+from nanochat.training.checkpoint import Checkpoint, step_folder
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+ACTOR, LEARNER = "ray::RolloutActor", "ray::RayTrainWorker"
+
+
+@pytest.fixture(scope="module")
+def tiny(ray_session, tiny_run, tmp_path_factory) -> TinyRL:
+    """A base model of two steps, trained in this process."""
+    from nanochat.data.row_order import RowReader
+    from nanochat.data.token_shards import TokenShards
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.training.loop import TrainingInputs, local_stream
+    from nanochat.training.pretrain import pretrain
+
+    root = tmp_path_factory.mktemp("rl") / "run"
+    shutil.copytree(tiny_run, root)
+    folder = RunFolder(str(root))
+    shards = TokenShards.load(folder.shards)
+    stream = local_stream(RowReader(shards, "train", 0), 8)
+    inputs = TrainingInputs(Tokenizer.load(folder.tokenizer), shards, stream, folder.pretrain)
+    config = replace(TINY, num_steps=2, evaluate_every=0, checkpoint_every=0, log_row_ids=False)
+    base = pretrain(config, RunContext(use_gpu=False), inputs)
+    assert base is not None
+    return TinyRL(root, base, write_problems(root / "problems"))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """The run in one process that every other one with S = 0 equals."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert tiny.alone(tiny.config(), folder) is not None
+    return folder
+
+
+def assert_same_end(folder, expected, step):
+    """Weights and samples are those of the other run."""
+    tensors, others = (
+        Checkpoint(step_folder(f"{one}/checkpoints", step)).model_tensors() for one in (folder, expected)
+    )
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+    assert batches(folder) == batches(expected)
+    assert check_log(folder, step) == check_log(expected, step)
+
+
+def test_actors_sample_what_one_process_does(tiny, alone, tmp_path):
+    """S = 0, float32: sample for sample, and the weights bit for bit."""
+    assert tiny.on_ray(tiny.config(), tmp_path) is not None
+    assert_same_end(tmp_path, alone, 6)
+    assert not processes(ACTOR), "they ended with the run"
+    rows = [record for record in read_jsonl(f"{tmp_path}/metrics.jsonl") if "reward" in record]
+    assert [row["staleness_max"] for row in rows] == [0] * 6
+    assert all(row["sync_bytes"] > 0 and 0 <= row["rollout_idle_share"] <= 1 for row in rows)
+    assert max(row["mismatch_kl"] for row in rows) < 1e-9
+
+
+def test_two_learners_learn_the_same(tiny, alone, tmp_path):
+    assert tiny.on_ray(tiny.config(), tmp_path, workers=2) is not None
+    assert batches(tmp_path)[0] == batches(alone)[0]
+    tensors, others = (Checkpoint(step_folder(f"{one}/checkpoints", 2)).model_tensors() for one in (tmp_path, alone))
+    for name, tensor in tensors.items():
+        assert torch.allclose(tensor, others[name], atol=2e-5), name
+
+
+def test_sampling_goes_on_while_the_learner_learns_and_stays_within_the_bound(tiny, tmp_path):
+    for staleness in (1, 3):
+        folder = tmp_path / str(staleness)
+        config = tiny.config(max_staleness=staleness, num_steps=12, tis_cap=2.0)
+        assert tiny.on_ray(config, folder) is not None
+        check_log(folder, 12)
+        rows = [record for record in read_jsonl(f"{folder}/metrics.jsonl") if "reward" in record]
+        assert max(row["staleness_max"] for row in rows) == staleness
+        for step, groups in batches(folder).items():
+            for samples in groups.values():
+                assert all(step - staleness <= sample[3] <= step for sample in samples)
+
+
+def test_an_actor_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path):
+    config = tiny.config(num_steps=40, checkpoint_every=0)
+    assert tiny.alone(config, tmp_path / "calm") is not None
+    killer = Killer(ACTOR, tmp_path / "killed", kills=2)
+    assert tiny.on_ray(config, tmp_path / "killed", killer) is not None
+    assert len(killer.killed) == 2
+    notes = notes_of(tmp_path / "killed")
+    assert len([note for note in notes if note.startswith("a rollout actor died")]) == 2
+    assert_same_end(tmp_path / "killed", tmp_path / "calm", 40)
+
+
+def test_a_learner_that_is_killed_begins_where_its_checkpoint_stands(tiny, tmp_path):
+    config = tiny.config(num_steps=60, checkpoint_every=5)
+    assert tiny.alone(config, tmp_path / "calm") is not None
+    killer = Killer(LEARNER, tmp_path / "killed", kills=2)
+    assert tiny.on_ray(config, tmp_path / "killed", killer) is not None
+    assert len(killer.killed) == 2
+    assert len([note for note in notes_of(tmp_path / "killed") if "starts at step" in note]) == 3
+    assert_same_end(tmp_path / "killed", tmp_path / "calm", 60)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("title", [ACTOR, LEARNER])
+def test_twenty_kills_change_nothing(tiny, tmp_path, title):
+    config = tiny.config(num_steps=400, checkpoint_every=20)
+    assert tiny.alone(config, tmp_path / "calm") is not None
+    killer = Killer(title, tmp_path / "stormy", kills=20)
+    assert tiny.on_ray(config, tmp_path / "stormy", killer) is not None
+    assert len(killer.killed) == 20
+    assert_same_end(tmp_path / "stormy", tmp_path / "calm", 400)
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "match"),
+    [
+        ("broken", KeyError, "no such fact"),
+        ("not_a_number", ConfigError, "reward=nan: must be a finite number, for problem"),
+        ("deadly", ClusterError, r"actors=2: 5 died one after the other without a sample, the last with groups 0"),
+        ("absent", ConfigError, r"reward=tiny_rewards:absent: cannot be imported"),
+    ],
+)
+def test_what_ends_a_run_is_said_and_not_tried_again(tiny, tmp_path, reward, error, match):
+    config = tiny.config(reward=f"tiny_rewards:{reward}", held_out_problems=0)  # the learner judges those
+    with pytest.raises(error, match=match):
+        tiny.on_ray(config, tmp_path)
+    starts = [note for note in notes_of(tmp_path) if "starts at step" in note] if reward != "absent" else [1]
+    assert len(starts) == 1
+
+
+def test_nobody_to_sample_is_said_within_the_stated_time(tiny, tmp_path):
+    """Actors for which the cluster has no room."""
+    start_s = time.monotonic()
+    with pytest.raises(ClusterError, match=r"timeout_s=4: no group was sampled for \d+ s by 2 actors \(0 died"):
+        tiny.on_ray(tiny.config(), tmp_path, cpus_per_actor=64.0, timeout_s=4.0)
+    assert time.monotonic() - start_s < 60
+
+
+def test_groups_that_are_all_alike_train_nothing_and_end(tiny, tmp_path):
+    assert tiny.on_ray(tiny.config(reward="tiny_rewards:always_the_same", num_steps=2), tmp_path) is not None
+    records = read_jsonl(f"{tmp_path}/groups.jsonl")
+    assert [len(record["trained"]) for record in records] == [0, 0]
+    assert [len(record["dropped"]) for record in records] == [16, 16], "four times the groups of an update, no more"
+    weights = Checkpoint(step_folder(f"{tmp_path}/checkpoints", 2)).model_tensors()
+    for name, tensor in tiny.base.model_tensors().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def command(tiny, run_dir):
+    flags = f"--task messages={tiny.problems} --reward tiny_rewards:odd_length --base {tiny.base.folder}"
+    more = "--num-steps 120 --groups-per-step 4 --samples-per-group 4 --max-new-tokens 12 --max-staleness 0"
+    last = "--tis-cap None --dtype float32 --checkpoint-every 20 --held-out-problems 5 --actors 2 --running 8"
+    return [sys.executable, f"{HERE}/../../ray_jobs/rl.py", "--run-dir", str(run_dir), "--cpus-per-worker", "0.5",
+            *flags.split(), *more.split(), *last.split()]  # fmt: skip
+
+
+def commanded(tiny, run_dir):
+    """Start the command line in the folder of the rewards."""
+    return subprocess.Popen(command(tiny, run_dir), stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=HERE)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+def test_the_driver_is_killed_and_the_same_command_goes_on(tiny, tmp_path, kills):
+    """And Ctrl-C leaves with a checkpoint; the end is that of a run that nobody disturbed."""
+    run_dir = tmp_path / "run"
+    metrics = run_dir / "rl" / "metrics.jsonl"
+
+    def steps():
+        return len([record for record in read_jsonl(str(metrics)) if "reward" in record]) if metrics.exists() else 0
+
+    draw = random.Random(0)
+    for number in range(kills):
+        first = commanded(tiny, run_dir)
+        before = steps()
+        wait_for(lambda before=before, first=first: steps() > before or first.poll() is not None, 90)
+        time.sleep(draw.uniform(0, 1.5))
+        os.kill(first.pid, signal.SIGKILL if number else signal.SIGINT)
+        _, said = first.communicate(timeout=60)
+        assert first.returncode in (-9, 130, 0), said
+    last = commanded(tiny, run_dir)
+    _, said = last.communicate(timeout=180)
+    assert last.returncode == 0, said
+    assert len(said.splitlines()) < 40, said
+    config = replace(tiny.config(num_steps=120, checkpoint_every=20), base=tiny.base.folder)
+    assert tiny.alone(config, tmp_path / "calm") is not None
+    ends = [Checkpoint(step_folder(f"{one}/checkpoints", 120)) for one in (run_dir / "rl", tmp_path / "calm")]
+    tensors, others = (end.model_tensors() for end in ends)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+    assert check_log(run_dir / "rl", 120) == check_log(tmp_path / "calm", 120)
+    assert json.loads((run_dir / "rl" / "config.json").read_text())["identity"]["rl.max_staleness"] == 0
