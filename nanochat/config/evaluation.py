@@ -12,7 +12,7 @@ class EvaluationConfig:
     """Scores of one or more models, each with n and its standard error."""
 
     models: tuple[str, ...] = ()
-    """Models to score: stages of the run directory (pretrain, sft, rl) or checkpoint folders; none = sft, or hf alone."""
+    """Models to score: stages of the run directory (pretrain, sft, rl) or checkpoint folders; none = sft, or hf."""
     hf: str | None = None
     """Folder of a local `transformers` model to score as well, on CORE."""
     tasks: tuple[str, ...] = ("arithmetic", "identity", "spelling")

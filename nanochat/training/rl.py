@@ -114,6 +114,8 @@ class PolicyTraining(Learner[RLConfig]):
         self.base, self.held_out, self.rollouts = inputs.base, inputs.held_out, inputs.rollouts
         self.updates_before = inputs.base.state["updates"] if config.warm_start else 0
         self.next_group = 0
+        self.empty_steps = 0
+        """Steps without an update: no group had a gradient."""
         self.training_s = 0.0
         self._sync: dict[str, float] = {}
 
@@ -147,6 +149,8 @@ class PolicyTraining(Learner[RLConfig]):
             self.folder.note(f"a worker group starts at step {step}")
         if state := self.restore(step):
             self.next_group, self.training_s = state["position"]["next_group"], state["loop"]["training_s"]
+            self.empty_steps = state["loop"]["empty_steps"]
+            self.optimizer.set_step(state["updates"])
         rows = self._micro_batch_rows()
         self.step = PolicyStep(
             self.config, self.model, self.optimizer, banned=tool_alone(self.tokenizer),
@@ -190,6 +194,7 @@ class PolicyTraining(Learner[RLConfig]):
         if not math.isfinite(figures["loss"]):
             raise self.diverged("loss", figures["loss"], step)
         self.next_group = batch.next_group
+        self.empty_steps += figures["trained_tokens"] == 0
         if step + 1 < self.plan.num_steps and not stopped:
             self._publish(step + 1)
         step_s = time.perf_counter() - start_s
@@ -262,7 +267,10 @@ class PolicyTraining(Learner[RLConfig]):
     def _save(self, step: int) -> None:
         """Save the learner and where its groups stand."""
         position = {"seed": self.config.seed, "next_step": step, "next_group": self.next_group}
-        state = {"position": position, "document_masking": False, "loop": {"training_s": self.training_s}}
+        state = {
+            "position": position, "document_masking": False, "updates": self.updates_before + step - self.empty_steps,
+            "loop": {"training_s": self.training_s, "empty_steps": self.empty_steps},
+        }  # fmt: skip
         self.save(step, state)
 
 

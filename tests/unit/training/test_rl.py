@@ -1,0 +1,193 @@
+"""The stage of reinforcement learning in one process: it learns, resumes exactly, and refuses what cannot work."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_sft import TOKENIZER, prepare_base
+
+from nanochat.config.rl import RLConfig, RolloutsConfig
+from nanochat.data.conversations import exchange
+from nanochat.errors import CheckpointError, ConfigError
+from nanochat.inference.rollouts import GroupSampler
+from nanochat.run_context import RunContext
+from nanochat.storage import StageFolder, read_jsonl
+from nanochat.tasks.task import ListedTask
+from nanochat.training.checkpoint import Checkpoint, step_folder
+from nanochat.training.rl import RLInputs, improve, load_practice, resolve_rl
+from nanochat.training.rollout_queue import LocalRollouts
+
+
+class Letters(ListedTask):
+    """Replies are worth the share of their first ten characters that are small letters."""
+
+    @staticmethod
+    def reward(conversation, reply):
+        return sum(char.islower() and char.isascii() for char in reply[:10]) / 10
+
+
+class Rare(ListedTask):
+    """Of most problems all replies are alike, so that some updates have nothing to learn from."""
+
+    @staticmethod
+    def reward(conversation, reply):
+        return float(conversation.facts["number"] % 11 == 0 and len(reply) % 2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Checkpoint:
+    return prepare_base(tmp_path_factory.mktemp("rl"))
+
+
+def practise(base: Checkpoint, folder: Path, kind=Letters, **changes) -> Checkpoint | None:
+    fields = {
+        "task": "gsm8k", "num_steps": 6, "groups_per_step": 4, "samples_per_group": 4, "max_new_tokens": 10,
+        "max_staleness": 0, "tis_cap": None, "dtype": "float32", "checkpoint_every": 2, "evaluate_every": 2,
+        "held_out_problems": 6, "sample_every": 2, "keep_checkpoints": 9,
+    }  # fmt: skip
+    config = RLConfig(**(fields | changes))
+    conversations = [exchange(f"{n} " + "x" * (n % 7), "y", number=n) for n in range(40)]
+    model = resolve_rl(config, base)[0].model
+    sampler = GroupSampler(
+        config, TOKENIZER, kind("letters", "train", conversations[:30]), model, dtype=torch.float32,
+        device=torch.device("cpu"), running=16,
+    )  # fmt: skip
+    held_out = kind("letters", "val", conversations[30:])
+    inputs = RLInputs(TOKENIZER, base, held_out, LocalRollouts(config, sampler), StageFolder(str(folder)))
+    return improve(config, RunContext(use_gpu=False), inputs)
+
+
+def records(folder: Path, name: str) -> list[dict]:
+    return [record for record in read_jsonl(str(folder / "metrics.jsonl")) if name in record]
+
+
+def assert_same_weights(folder: Path, other: Path, step: int) -> None:
+    mine, theirs = (Checkpoint(step_folder(f"{one}/checkpoints", step)).model_tensors() for one in (folder, other))
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_rewards_rise(base, tmp_path, on_one_core):
+    options = {"num_steps": 25, "groups_per_step": 8, "samples_per_group": 8, "first_lr_factor": 1.0}
+    assert practise(base, tmp_path, warm_start=False, evaluate_every=0, **options) is not None
+    rewards = [record["reward"] for record in records(tmp_path, "reward")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+    scores = records(tmp_path, "held_out_reward")
+    assert [score["step"] for score in scores] == [0, 25]
+    assert [score["held_out_n"] for score in scores] == [6, 6]
+
+
+@pytest.mark.parametrize("kind", [Letters, Rare])
+def test_a_run_that_is_cut_off_ends_as_an_undisturbed_one(base, tmp_path, on_one_core, kind):
+    """From any of its checkpoints: weights bit for bit, groups, records; also where updates had nothing to learn."""
+    options = {"max_refill": 0.0, "num_steps": 8} if kind is Rare else {}
+    last = options.get("num_steps", 6)
+    assert practise(base, tmp_path / "whole", kind, **options) is not None
+    groups = read_jsonl(str(tmp_path / "whole" / "groups.jsonl"))
+    if kind is Rare:
+        empty = [not record["trained"] for record in groups]
+        assert set(empty) == {True, False}, "some updates are empty"
+    for step in range(2, last + 1, 2):
+        folder = tmp_path / f"from_{step}"
+        shutil.copytree(tmp_path / "whole", folder)
+        for later in range(step + 2, last + 1, 2):
+            shutil.rmtree(step_folder(f"{folder}/checkpoints", later))
+        assert practise(base, folder, kind, **options) is not None
+        assert_same_weights(folder, tmp_path / "whole", last)
+        assert read_jsonl(str(folder / "groups.jsonl")) == groups
+        for name in ("reward", "held_out_pass_at_1"):
+            both = [[(r["step"], r[name]) for r in records(one, name)] for one in (folder, tmp_path / "whole")]
+            assert both[0] == both[1]
+    notes = [record["note"] for record in read_jsonl(str(tmp_path / "from_2" / "notes.jsonl"))]
+    assert notes == ["a worker group starts at step 0", "a worker group starts at step 2"]
+
+
+def test_a_stop_leaves_a_checkpoint_and_the_rest_follows(base, tmp_path, on_one_core):
+    assert practise(base, tmp_path / "whole") is not None
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "stop").touch()
+    assert practise(base, tmp_path / "cut") is None
+    (tmp_path / "cut" / "stop").unlink()
+    assert (tmp_path / "cut" / "checkpoints" / "step_000001").exists()
+    assert practise(base, tmp_path / "cut") is not None
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", 6)
+
+
+def test_what_is_written_down(base, tmp_path, on_one_core):
+    assert practise(base, tmp_path, kl_beta=0.01, loss="ppo_clip") is not None
+    record = records(tmp_path, "reward")[-1]
+    for name in (
+        "pass_at_1", "pass_at_2", "pass_at_4", "completion_tokens", "truncated_share", "zero_variance_share",
+        "staleness", "staleness_max", "mismatch_kl", "entropy", "clipped_share", "learner_idle_share", "tokens_per_s",
+        "samples_per_s", "sync_bytes", "sync_s", "lr_factor",
+    ):  # fmt: skip
+        assert isinstance(record[name], (int, float)), name
+    assert record["reference_kl"] > 0
+    assert record["pass_at_1"] <= record["pass_at_2"] <= record["pass_at_4"]
+    samples = read_jsonl(str(tmp_path / "samples.jsonl"))
+    assert [one["step"] for one in samples] == [0, 2, 4]
+    best, worst = samples[-1]["samples"]
+    assert best["which"], worst["which"] == ("best", "worst")
+    assert best["reward"] >= worst["reward"]
+
+
+def test_another_base_is_refused(base, tmp_path, on_one_core):
+    assert practise(base, tmp_path / "run") is not None
+    other = tmp_path / "other"
+    shutil.copytree(base.folder, other)
+    sums = (other / "checksums_00_of_01.json").read_text()
+    (other / "checksums_00_of_01.json").write_text(sums.replace(base.weights_sha256, "0" * 64))
+    with pytest.raises(CheckpointError, match="began from"):
+        practise(Checkpoint(str(other)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples_per_group": 1}, "samples_per_group=1: must be at least 2"),
+        ({"temperature": 0.0}, "temperature=0.0: must be above 0, or all samples are the same"),
+        ({"max_staleness": -1}, "max_staleness=-1: must be at least 0"),
+        ({"reward": "rewards.py"}, "reward=rewards.py: must be MODULE:FUNCTION"),
+        ({"clip_high": -0.1}, "clip_high=-0.1: must be a number from 0 on"),
+        ({"first_lr_factor": 2.0}, r"first_lr_factor=2.0: must lie in \[0, 1\]"),
+    ],
+)
+def test_values_that_break_a_rule_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        RLConfig(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"actors": 0}, {"running": 0}, {"timeout_s": 0.0}, {"cpus_per_actor": -1.0}])
+def test_rollout_values_that_break_a_rule_are_named(changes):
+    (name,) = changes
+    with pytest.raises(ConfigError, match=f"{name}="):
+        RolloutsConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("task", "held_out", "message"),
+    [
+        ("arithmetic:two_step", "arithmetic:two_step", "held_out=arithmetic:two_step: is what is practised"),
+        ("arithmetik", None, "task=arithmetik: must be one of .* Did you mean arithmetic"),
+        ("arithmetic:", None, "task=arithmetic:: must be NAME, NAME=PATH and then :SPLIT"),
+        ("arithmetic", "arithmetic:nine_steps", "split=nine_steps: arithmetic has train and val"),
+        ("messages=FILE", "arithmetic:val", "task=messages=.*: has no right answers. Give a rule with --reward"),
+    ],
+)
+def test_tasks_that_cannot_be_practised_are_named(tmp_path, task, held_out, message):
+    (tmp_path / "chats.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    config = RLConfig(task=task.replace("FILE", str(tmp_path / "chats.jsonl")), held_out=held_out)
+    with pytest.raises(ConfigError, match=message):
+        load_practice(config, str(tmp_path))
+
+
+def test_the_held_out_problems_are_the_tasks_own_val_split(tmp_path):
+    practice, held_out = load_practice(RLConfig(task="arithmetic"), str(tmp_path))
+    assert (practice.split, held_out.split) == ("train", "val")
+    practice, held_out = load_practice(
+        RLConfig(task="arithmetic:two_step", held_out="arithmetic:two_step_test"), str(tmp_path)
+    )
+    assert (practice.split, held_out.split) == ("two_step", "two_step_test")
