@@ -22,6 +22,7 @@ from nanochat.cluster.trainer import TrainJob, rl_worker, run_on_ray, worker_con
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
+from nanochat.config.training import LearnerConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.inference.engine import Event
 from nanochat.inference.rollouts import GroupSampler, packed_weights
@@ -34,8 +35,8 @@ from nanochat.training.hardware import choose_hardware
 from nanochat.training.rl import RLInputs, improve, load_practice, resolve_rl
 from nanochat.training.rollout_queue import Batch, LocalRollouts, RolloutSource
 
-LOOP_STEPS, WARM_UP_STEPS = 8, 2
-ROLLOUT_BATCHES = 4
+LOOP_STEPS, WARM_UP_STEPS = 7, 2
+ROLLOUT_S = 15.0
 ROUNDS = 3
 CLUSTER = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
 
@@ -130,7 +131,7 @@ def _one_group_sampler(spec: RolloutSpec, run: RunContext, tokenizer: Tokenizer)
 def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
     """Return samples per second of sampling alone and of the whole loop, each in both ways, medians of rounds."""
     base = named_checkpoint(run_dir, "sft", terminal.line)
-    config = replace(word_problems(LOOP_STEPS), held_out_problems=0)
+    config = replace(word_problems(LOOP_STEPS), groups_per_step=8, held_out_problems=0)
     model = resolve_rl(config, base)[0].model
     learners, actors, _, use_gpu = share_machines(CLUSTER, RolloutsConfig(), terminal.line)
     folder = RunFolder(run_dir)
@@ -138,6 +139,9 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
         config=config, rollouts=RolloutsConfig(), actors=actors, model=model, tokenizer_folder=folder.tokenizer,
         tasks_folder=folder.tasks, working_folder=os.getcwd(), use_gpu=use_gpu, processes=learners + actors,
     )  # fmt: skip
+    # Nobody learns: small batches, many of them under way, every one with all its groups.
+    small = replace(config, groups_per_step=4, max_staleness=9, dynamic_sampling=False)
+    alone = replace(spec, config=small, processes=actors)
     held_out = load_practice(config, folder.tasks)[1][:1]
     workers = {"": functools.partial(rl_worker, spec, base, held_out),
                "_sequential": functools.partial(_turn_taking_worker, spec, base, held_out)}  # fmt: skip
@@ -145,8 +149,8 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
     shares: list[float] = []
     for number in range(ROUNDS):
         terminal.live(f"throughput: round {number + 1} of {ROUNDS}")
-        for name, source in (("", _pool(spec, terminal)), ("_sequential", _alone(spec, folder.tokenizer))):
-            found.setdefault(f"rollout_samples_per_s{name}", []).append(_sampled_per_s(source, base, model, config))
+        for name, source in (("", _pool(alone, terminal)), ("_sequential", _taking_turns(alone))):
+            found.setdefault(f"rollout_samples_per_s{name}", []).append(_sampled_per_s(source, base, model))
         for name, worker in workers.items():
             stage = StageFolder(storage.join(run_dir, "rl_benchmark", f"loop{name}"))
             storage.remove(stage.root)
@@ -167,28 +171,26 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
 
 
 def _pool(spec: RolloutSpec, terminal: Terminal) -> RolloutSource:
-    return RolloutPool(replace(spec, processes=spec.actors), terminal.line)
+    return RolloutPool(spec, terminal.line)
 
 
-def _alone(spec: RolloutSpec, tokenizer_folder: str) -> RolloutSource:
-    run = RunContext(use_gpu=spec.use_gpu)
-    return OneGroupAtATime(spec.config, _one_group_sampler(spec, run, Tokenizer.load(tokenizer_folder)))
+def _taking_turns(spec: RolloutSpec) -> RolloutSource:
+    sampler = _one_group_sampler(spec, RunContext(use_gpu=spec.use_gpu), Tokenizer.load(spec.tokenizer_folder))
+    return OneGroupAtATime(spec.config, sampler)
 
 
-def _sampled_per_s(source: RolloutSource, base: Checkpoint, model: ModelConfig, config: RLConfig) -> float:
+def _sampled_per_s(source: RolloutSource, base: Checkpoint, model: ModelConfig) -> float:
     """Take batches for nobody, all from the base model, and return the samples per second after a first batch."""
-    policy = GPT(model, choose_hardware(config, RunContext()).dtype)
+    policy = GPT(model, choose_hardware(LearnerConfig(), RunContext()).dtype)
     load_parameters(policy, base.model_tensors(), base.folder)
     weights = packed_weights(policy)
     source.begin(0, 0)
-    samples, start_s = 0, 0.0
-    for version in range(ROLLOUT_BATCHES + 1):
-        source.publish(version, weights)
+    source.publish(0, weights)
+    source.take()
+    samples, start_s = 0, time.perf_counter()
+    while (elapsed_s := time.perf_counter() - start_s) < ROLLOUT_S:
         batch = source.take()
-        if version == 0:
-            start_s = time.perf_counter()
-        else:
-            samples += len(batch.sampled) * config.samples_per_group
-    elapsed_s = time.perf_counter() - start_s
+        samples += sum(len(group.samples) for group in batch.sampled)
+        source.publish(batch.number + 1, weights)
     source.close()
     return samples / elapsed_s

@@ -174,6 +174,7 @@ def test_no_tokens_and_sequences_without_tokens_give_no_nan(loss, aggregate):
     assert token_losses(config, torch.zeros(0), none).sum() == 0
     assert token_weights(config, none, BatchCounts(0, 0)).shape == clipped(config, torch.zeros(0), none).shape == (0,)
     middle = Tokens(torch.tensor([-1.0, -1.0]), torch.tensor([0, 2]), torch.tensor([1.0, 1.0, 1.0]))
+    assert middle.mean_of_sequence(torch.tensor([2.0, 4.0])).tolist() == [2.0, 0.0, 4.0]
     losses, slopes = gradient(config, [-1.0, -1.0], middle)
     assert all(map(math.isfinite, losses))
     assert slopes == [-1.0, -1.0]

@@ -106,33 +106,32 @@ def naive(config: RLConfig, batch: Batch):
     """Gradient and figures of REINFORCE with the mean as its baseline, token by token, in float64."""
     model, other = (copy.deepcopy(model_of(seed)).double() for seed in (0, 5))
     model.compute_dtype = other.compute_dtype = torch.float64
-    loss, trained, figures = 0.0, 0, dict.fromkeys(FIGURES, 0.0)
+    loss, figures, kept = 0.0, dict.fromkeys(FIGURES, 0.0), []
     for group in batch.groups:
         rewards = [sample.reward for sample in group.samples]
         for sample in group.samples:
-            if config.mask_truncated and sample.finish_reason == "length":
-                continue
             advantage = 0.0 if len(set(rewards)) == 1 else sample.reward - sum(rewards) / len(rewards)
-            values, entropies = logprobs_of(model, config, group, sample)
-            reference = logprobs_of(other, config, group, sample)[0].tolist()
-            for place, value in enumerate(values):
-                if sample.is_forced[place]:
-                    continue
-                trained += 1
-                if advantage == 0 and not config.kl_beta:
-                    continue
-                log_ratio = float(value.detach()) - sample.logprobs[place]
-                weight = 1.0 if config.tis_cap is None else min(math.exp(log_ratio), config.tis_cap)
-                loss = loss - weight * advantage * value
-                if config.kl_beta:
-                    k3 = torch.exp(reference[place] - value) - (reference[place] - value) - 1
-                    loss = loss + config.kl_beta * k3
-                    figures["reference_kl"] += float(k3.detach())
-                figures["trained_tokens"] += 1
-                figures["entropy"] += float(entropies[place].detach())
-                figures["mismatch_kl"] += math.exp(log_ratio) - log_ratio - 1
-                figures["clipped_share"] += config.tis_cap is not None and math.exp(log_ratio) > config.tis_cap
-    loss = loss / trained
+            if not all(sample.is_forced) and not (config.mask_truncated and sample.finish_reason == "length"):
+                kept.append((group, sample, advantage, sample.is_forced.count(False)))
+    for group, sample, advantage, length in kept:
+        share = {
+            "token_global": 1 / sum(length for *_, length in kept), "sequence_mean": 1 / (len(kept) * length),
+            "constant": 1 / (len(kept) * config.max_new_tokens),
+        }[config.aggregate]  # fmt: skip
+        values, entropies = logprobs_of(model, config, group, sample)
+        reference = logprobs_of(other, config, group, sample)[0].tolist()
+        for place, value in enumerate(values):
+            if sample.is_forced[place] or (advantage == 0 and not config.kl_beta):
+                continue
+            log_ratio = float(value.detach()) - sample.logprobs[place]
+            weight = 1.0 if config.tis_cap is None else min(math.exp(log_ratio), config.tis_cap)
+            k3 = torch.exp(reference[place] - value) - (reference[place] - value) - 1
+            loss = loss + share * (config.kl_beta * k3 - weight * advantage * value)
+            figures["reference_kl"] += float(k3.detach()) * (config.kl_beta > 0)
+            figures["trained_tokens"] += 1
+            figures["entropy"] += float(entropies[place].detach())
+            figures["mismatch_kl"] += math.exp(log_ratio) - log_ratio - 1
+            figures["clipped_share"] += config.tis_cap is not None and math.exp(log_ratio) > config.tis_cap
     loss.backward()
     for name in ("entropy", "mismatch_kl", "clipped_share", "reference_kl"):
         figures[name] /= figures["trained_tokens"]
@@ -150,7 +149,8 @@ def difference(computed: torch.Tensor, expected: torch.Tensor) -> float:
     [
         ({}, 1e-6),
         ({"temperature": 0.7}, 1e-6),
-        ({"mask_truncated": True}, 1e-6),
+        ({"mask_truncated": True, "aggregate": "sequence_mean"}, 1e-6),
+        ({"aggregate": "constant", "max_new_tokens": 40}, 1e-6),
         ({"tis_cap": 2.0, "temperature": 1.3}, 2e-6),
         ({"kl_beta": 0.3}, 5e-6),  # small differences of log probabilities
     ],
@@ -316,4 +316,4 @@ def test_micro_batches_hold_all_rows_in_order_and_no_more_than_they_may(widths, 
     assert [row for part in parts for row in part] == rows
     for part in parts:
         assert len(part) == 1 or len(part) * padded(max(row.width for row in part)) <= most
-    assert all(row.width == len(row.sample.tokens) for row in rows)
+    assert [padded(width) for width in (1, 32, 33)] == [32, 32, 64]
