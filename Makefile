@@ -13,7 +13,7 @@ index := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 .PHONY: help demo test test-unit test-all soak lint format clean
 
 help:
-	@echo "make demo      train a tokenizer, a small base model and a chat model on this machine, show and serve them"
+	@echo "make demo      train a tokenizer, a base model and a chat model here, let it practise, show and serve it"
 	@echo "               TORCH_INDEX=URL  take torch from another index (a smaller CPU build)"
 	@echo "               DEMO_FLAGS='--corpus PATH'  use other text; see ray_jobs/demo.py --help"
 	@echo "make test      lint, types, unit tests, and one real-Ray test per promise"

@@ -3,13 +3,13 @@
 config      every knob: one frozen dataclass and one file per stage
 data        raw text -> text shards -> tokenizer -> token shards -> rows of a step; conversations -> ids and loss mask
 model       rows -> loss: transformer, attention, optimiser, the depth dial
-training    loss -> checkpoints: one optimiser step, the training loop, pretraining, fine-tuning, metrics
+training    loss -> checkpoints: the training loops of pretraining, fine-tuning and reinforcement learning
 tasks       datasets that can be trained on and scored, and their mixtures -> rows
-inference   checkpoint -> text: paged cache, sampling, engine, tool loop, calculator, code sandbox
+inference   checkpoint -> text: paged cache, sampling, engine, tool loop, calculator, code sandbox, rollouts
 serving     text -> people and programs: OpenAI's API over HTTP, the chat page
 evaluation  checkpoint -> scores: bits per byte, CORE, chat tasks
 pages       a run -> report.html and walk.html
-cluster     the only Ray code: sessions, parallel maps, data streams, trainers, the endpoint's replicas
+cluster     the only Ray code: sessions, maps, data streams, trainers, rollout actors, the endpoint's replicas
 
 Beside them: errors.py (what can go wrong), storage.py (where files lie), run_context.py (who a worker is),
 provenance.py (what made an artifact).
