@@ -82,7 +82,8 @@ def benchmark(config: BenchmarkConfig) -> int:
             return
         if config.what == "rl":
             with storage.claimed(config.run_dir), session(rl_benchmark.CLUSTER, log_path):
-                report(measure_rl(config))
+                results = measure_rl(config)
+            report(results)
             return
         if config.what in ("engine", "serve"):
             with storage.claimed(config.run_dir):

@@ -228,7 +228,8 @@ def share_machines(
 ) -> tuple[int, int, float, bool]:
     """Return how many processes learn, how many sample, the GPUs of each where they share one, and if on GPUs.
 
-    Of several GPUs a quarter learns and the others sample; of one, both have a half; on CPU there is an actor a core.
+    Of several GPUs a quarter learns and the others sample; of one, both have a half; on CPU there is an actor on
+    each core that the learner leaves.
     Raises: ClusterError if the cluster cannot hold them.
     """
     have = ray.cluster_resources()
@@ -238,7 +239,7 @@ def share_machines(
     learners = cluster.num_workers or (max(1, gpus // 4) if use_gpu else 1)
     each = gpus_each or rollouts.gpus_per_actor
     left = gpus - learners * (gpus_each or 1.0)
-    actors = rollouts.actors or max(1, int(left / each) if use_gpu else physical_cores())
+    actors = rollouts.actors or max(1, int(left / each) if use_gpu else physical_cores() - learners)
     check_resources(learners, cluster, use_gpu and not gpus_each, note)
     for kind, needed in (
         ("CPU", learners * cluster.cpus_per_worker + actors * rollouts.cpus_per_actor),

@@ -31,7 +31,7 @@ from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
 from nanochat.tasks.task import Task
 from nanochat.training.checkpoint import Checkpoint, load_parameters, named_checkpoint
-from nanochat.training.hardware import choose_hardware
+from nanochat.training.hardware import choose_hardware, physical_cores
 from nanochat.training.rl import RLInputs, improve, load_practice, resolve_rl
 from nanochat.training.rollout_queue import Batch, LocalRollouts, RolloutSource
 
@@ -136,12 +136,13 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
     learners, actors, _, use_gpu = share_machines(CLUSTER, RolloutsConfig(), terminal.line)
     folder = RunFolder(run_dir)
     spec = RolloutSpec(
-        config=config, rollouts=RolloutsConfig(), actors=actors, model=model, tokenizer_folder=folder.tokenizer,
-        tasks_folder=folder.tasks, working_folder=os.getcwd(), use_gpu=use_gpu, processes=learners + actors,
+        config=config, rollouts=RolloutsConfig(running=128), actors=actors, model=model,
+        tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(), use_gpu=use_gpu, processes=learners + actors,
     )  # fmt: skip
     # Nobody learns: small batches, many of them under way, every one with all its groups.
     small = replace(config, groups_per_step=4, max_staleness=9, dynamic_sampling=False)
-    alone = replace(spec, config=small, processes=actors)
+    every_core = spec.actors if use_gpu else physical_cores()
+    alone = replace(spec, config=small, actors=every_core, processes=every_core)
     held_out = load_practice(config, folder.tasks)[1][:1]
     workers = {"": functools.partial(rl_worker, spec, base, held_out),
                "_sequential": functools.partial(_turn_taking_worker, spec, base, held_out)}  # fmt: skip

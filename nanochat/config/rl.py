@@ -129,7 +129,7 @@ class RolloutsConfig:
     """Who samples; none of it changes what is learned, but for rounding."""
 
     actors: int | None = None
-    """Processes that sample; none = one per GPU that the learner leaves, or one on CPU."""
+    """Processes that sample; none = one per GPU, or per core of this machine, that the learner leaves."""
     cpus_per_actor: float = 0.5
     """Logical CPUs that one reserves."""
     gpus_per_actor: float = 1.0

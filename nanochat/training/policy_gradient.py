@@ -44,7 +44,7 @@ def advantages(rewards_PG: Tensor, kind: str) -> Tensor:
         centred_PG = centred_PG * (rewards_PG.shape[1] / (rewards_PG.shape[1] - 1))
     elif kind == "std":
         centred_PG = centred_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPS)
-    return (centred_PG * is_informative(rewards_PG)[:, None]).float()
+    return torch.where(is_informative(rewards_PG)[:, None], centred_PG, 0.0).float()
 
 
 def is_informative(rewards_PG: Tensor) -> Tensor:

@@ -59,12 +59,7 @@ class RolloutQueue:
         if self._again:
             group = heapq.heappop(self._again)
         else:
-            batches = self.version + self.config.max_staleness + 1 - self.next_batch
-            hopeful = len(self._out) + sum(map(self._is_wanted, self._done.values()))
-            if (
-                hopeful >= batches * self.config.groups_per_step
-                or self._next - self.first_group >= batches * self.config.most_groups
-            ):
+            if self._full_batches() >= self.version + self.config.max_staleness + 1 - self.next_batch:
                 return None
             group, self._next = self._next, self._next + 1
         self._out.add(group)
@@ -103,6 +98,16 @@ class RolloutQueue:
             del self._done[group.id]
         self.next_batch, self.first_group = self.next_batch + 1, number
         return batch
+
+    def _full_batches(self) -> int:
+        """Count the batches that what is handed out makes, if all that is still out turns out to be wanted."""
+        full = wanted = total = 0
+        for number in range(self.first_group, self._next):
+            total += 1
+            wanted += number not in self._done or self._is_wanted(self._done[number])
+            if wanted == self.config.groups_per_step or total == self.config.most_groups:
+                full, wanted, total = full + 1, 0, 0
+        return full
 
     def _is_wanted(self, group: Group) -> bool:
         return not self.config.dynamic_sampling or max(group.rewards) != min(group.rewards)
