@@ -24,7 +24,7 @@ class ChatConfig:
     run_dir: str = "runs/demo"
     """Run directory, a local path or URI."""
     model: str = "sft"
-    """Which model: sft, pretrain, or a checkpoint folder."""
+    """Which model: rl, sft, pretrain, or a checkpoint folder."""
     prompt: str | None = None
     """Answer this and leave."""
     temperature: float | None = None

@@ -364,7 +364,7 @@ class _MetricsView:
             self.terminal.line(f"           {note}")
         size = storage.size_bytes(self.folder.metrics) if storage.exists(self.folder.metrics) else 0
         if size == self._seen and not at_once:
-            if any("starts at step" in note for note in new):
+            if any("starts at step" in note for note in new) and self.of_score == "val_bpb":
                 self.terminal.live("           first step; where kernels are compiled, about a minute the first time")
             return
         self._seen = size
@@ -375,7 +375,9 @@ class _MetricsView:
         if steps:
             self.terminal.live(self.line(steps[-1], self.num_steps, self.score))
         elif self.score is not None:
-            self.terminal.live(f"validation {self.score:.3f} before training")
+            is_bits = self.of_score == "val_bpb"
+            shown = f"validation {self.score:.3f} bits per byte" if is_bits else f"held out {self.score:.1%}"
+            self.terminal.live(f"{shown} before training")
 
 
 def summary(run_dir: str) -> dict[str, Any]:

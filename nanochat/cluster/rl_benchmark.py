@@ -137,7 +137,8 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
     folder = RunFolder(run_dir)
     spec = RolloutSpec(
         config=config, rollouts=RolloutsConfig(running=128), actors=actors, model=model,
-        tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(), use_gpu=use_gpu, processes=learners + actors,
+        tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(), use_gpu=use_gpu,
+        processes=learners + actors,
     )  # fmt: skip
     # Nobody learns: small batches, many of them under way, every one with all its groups.
     small = replace(config, groups_per_step=4, max_staleness=9, dynamic_sampling=False)

@@ -64,7 +64,8 @@ def losses_and_scores(run_dir: Path) -> tuple[list[dict], list[float]]:
 def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     """The first command of the README; the same again finds everything done and trains no step twice."""
     run_dir = tmp_path / "demo"
-    flags = ("--corpus", text, "--depth", 1, "--num-steps", 4, "--sft-steps", 2, "--problems", 8, "--run-dir", run_dir)
+    flags = ("--corpus", text, "--depth", 1, "--num-steps", 4, "--sft-steps", 2, "--rl-steps", 1, "--problems", 8)
+    flags = (*flags, "--run-dir", run_dir)
     said = command("demo", *flags, timeout_s=200, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     losses, scores = losses_and_scores(run_dir)
@@ -79,6 +80,9 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     assert summary["arithmetic_base"] == {"accuracy": 0.0, "n": 8}
     assert summary["arithmetic_sft"]["n"] == summary["identity_sft"]["n"] == 8
     assert 0 <= summary["arithmetic_sft"]["accuracy"] <= 1
+    assert summary["rl_pass1_before"]["n"] == summary["rl_pass1_after"]["n"] == summary["arithmetic_rl"]["n"] == 8
+    (practised,) = [one for one in read_jsonl(str(run_dir / "rl" / "metrics.jsonl")) if "reward" in one]
+    assert practised["samples"] >= 128
     assert f"validation {scores[-1]:.4f} bits per byte" in said
     (samples,) = read_jsonl(str(run_dir / "pretrain" / "samples.jsonl"))
     assert samples["step"] == 4
@@ -88,6 +92,8 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     assert "Not here yet" not in walk
     assert "A conversation and its mask" in walk
     assert "sft is wrong" in report
+    assert "rl is wrong" in report
+    assert "Replies and their rewards" in walk
     assert "arithmetic:test_templates" in said
     assert re.search(r"page       http://127.0.0.1:\d+/\n", said)
     assert re.search(r"curl -N http://127.0.0.1:\d+/v1/chat/completions", said)

@@ -119,6 +119,7 @@ def test_a_learner_that_is_killed_begins_where_its_checkpoint_stands(tiny, tmp_p
     assert tiny.on_ray(config, tmp_path / "killed", killer) is not None
     assert len(killer.killed) == 2
     assert len([note for note in notes_of(tmp_path / "killed") if "starts at step" in note]) == 3
+    wait_for(lambda: not processes(ACTOR), 20)  # its own, and those that it left behind
     assert_same_end(tmp_path / "killed", tmp_path / "calm", 60)
 
 
