@@ -279,7 +279,7 @@ class RolloutPool:
             result = ray.get(ref)
         except ray.exceptions.RayTaskError as err:
             raise with_story(err.cause, "in a rollout actor", str(err)) from None
-        except ray.exceptions.RayActorError as err:
+        except ray.exceptions.RayError as err:  # it died, or its node, or the result on the way
             self._bury(actor, err)
             return
         if ref == actor.begun:
@@ -291,7 +291,7 @@ class RolloutPool:
         self._deaths_in_a_row = 0
         self._heard_s = time.monotonic()
 
-    def _bury(self, actor: _Actor, err: ray.exceptions.RayActorError) -> None:
+    def _bury(self, actor: _Actor, err: ray.exceptions.RayError) -> None:
         groups = sorted(actor.work.values())
         which = f"groups {groups[0]} to {groups[-1]}" if groups else "no group"
         self.deaths += 1

@@ -144,11 +144,9 @@ class GroupSampler:
 
     def load(self, version: int, weights: bytes) -> None:
         """Go on with a policy's weights; what was cached of the one before is forgotten."""
-        model = GPT(self.model, self.dtype).to(self.dtype)
-        loaded = safetensors.torch.load(weights)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(loaded[name])
+        with torch.device("meta"):  # nothing is drawn
+            model = GPT(self.model, self.dtype)
+        model.load_state_dict(safetensors.torch.load(weights), assign=True)
         model = model.to(self.device).prepare_for_inference()
         self.version = version
         if self._engine is None:
