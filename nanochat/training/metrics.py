@@ -147,10 +147,13 @@ def rl_progress_line(record: dict[str, Any], num_steps: int, score: float | None
     """Return one line for the terminal from the record of an update of RL; `score` is of held-out problems."""
     eta_s = round(record["eta_s"])
     held_out = f"{score:.1%}" if score is not None else "-"
+    most = max((int(name[8:]) for name in record if name.startswith("pass_at_")), default=1)
     return (
-        f"step {record['step'] + 1:>5}/{num_steps}  reward {record['reward']:.3f}  held out {held_out}  "
+        f"step {record['step'] + 1:>5}/{num_steps}  reward {record['reward']:.3f}  "
+        f"pass@{most} {record.get(f'pass_at_{most}', 0.0):.0%}  held out {held_out}  "
         f"{record['completion_tokens']:.0f} tokens, {record['truncated_share']:.0%} cut  "
-        f"alike {record['zero_variance_share']:.0%}  stale {record['staleness']:.1f}  KL {record['mismatch_kl']:.1e}  "
+        f"alike {record['zero_variance_share']:.0%}  stale {record['staleness']:.1f}  KL {record['mismatch_kl']:.0e}  "
+        f"entropy {record['entropy']:.2f}  "
         f"{record['tokens_per_s']:,.0f} tok/s  idle {record['learner_idle_share']:.0%} / "
         f"{record['rollout_idle_share']:.0%}  left {eta_s // 60}:{eta_s % 60:02d}"
     )

@@ -11,7 +11,7 @@ from nanochat.errors import ConfigError
 from nanochat.storage import StageFolder
 from nanochat.training import metrics
 from nanochat.training.hardware import Hardware
-from nanochat.training.metrics import MetricsWriter, StepClock, progress_line
+from nanochat.training.metrics import MetricsWriter, StepClock, progress_line, rl_progress_line
 from nanochat.training.plan import resolve
 
 PLAN = resolve(PretrainConfig(depth=1, global_batch_tokens=1024, num_steps=10), 300, 128)
@@ -149,3 +149,16 @@ def test_the_progress_line():
     assert line == "step    42/300  loss 3.142  val bpb -  12,346 tok/s, 456 GFLOP/s  data wait 1.2%  left 2:05"
     line = progress_line(RECORD | {"mfu": 0.456, "eta_s": 59.6}, 300, 1.98765)
     assert line == "step    42/300  loss 3.142  val bpb 1.988  12,346 tok/s, 45.6% MFU  data wait 1.2%  left 1:00"
+
+
+def test_the_progress_line_of_an_update_says_how_it_goes():
+    record = {
+        "step": 4, "reward": 0.261, "pass_at_1": 0.26, "pass_at_8": 0.69, "completion_tokens": 49.1, "entropy": 0.131,
+        "truncated_share": 0.02, "zero_variance_share": 0.3, "staleness": 1.0, "mismatch_kl": 0.0021, "eta_s": 65.4,
+        "tokens_per_s": 1357.2, "learner_idle_share": 0.006, "rollout_idle_share": 0.53,
+    }  # fmt: skip
+    assert rl_progress_line(record, 12, 0.395) == (
+        "step     5/12  reward 0.261  pass@8 69%  held out 39.5%  49 tokens, 2% cut  alike 30%  stale 1.0  KL 2e-03  "
+        "entropy 0.13  1,357 tok/s  idle 1% / 53%  left 1:05"
+    )
+    assert "held out -" in rl_progress_line(record, 12, None)
