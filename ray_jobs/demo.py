@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tyro
 
@@ -60,7 +60,8 @@ def demo(config: DemoConfig) -> int:
 
 
 def _run(config: DemoConfig, log_path: str) -> None:
-    from nanochat.cluster.jobs import evaluate_models, finetune_chat, practise, prepare_data, pretrain_base
+    from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base
+    from nanochat.cluster.rl_job import practise
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal
     from nanochat.pages.report import write_report
@@ -113,11 +114,9 @@ def demo_sft(config: DemoConfig) -> SftConfig:
 
 def demo_rl(config: DemoConfig) -> RLConfig:
     """Return the demo's practice: problems of two steps, of which fine-tuning saw one in twenty."""
-    return RLConfig(
-        task="arithmetic:two_step", held_out="arithmetic:two_step_test", num_steps=config.rl_steps, groups_per_step=16,
-        samples_per_group=8, max_new_tokens=96, temperature=0.8, first_lr_factor=0.4, evaluate_every=0,
-        held_out_problems=config.problems, sample_every=4, checkpoint_every=6,
-    )  # fmt: skip
+    from nanochat.cluster.rl_benchmark import word_problems
+
+    return replace(word_problems(config.rl_steps), held_out_problems=config.problems, checkpoint_every=6)
 
 
 def demo_evaluations(config: DemoConfig) -> list[EvaluationConfig]:

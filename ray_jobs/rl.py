@@ -22,7 +22,7 @@ def rl(
         run_dir: Run directory with a fine-tuned model, a local path or URI.
     """
     set_ray_environment()
-    from nanochat.cluster.jobs import practise
+    from nanochat.cluster.rl_job import practise
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
 

@@ -1,7 +1,6 @@
 """The stages as jobs: each takes its configs, a run directory and a terminal, and runs on the current Ray session."""
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,15 +9,10 @@ from typing import Any
 import ray
 
 from nanochat import storage
-from nanochat.cluster.rollouts import RolloutSpec
-from nanochat.cluster.session import actor_map, address_of, ray_context
+from nanochat.cluster.session import actor_map, ray_context
 from nanochat.cluster.terminal import Terminal, on_interrupt
 from nanochat.cluster.trainer import (
-    TrainJob,
-    check_resources,
     pretrain_worker,
-    rl_worker,
-    run_on_ray,
     sft_worker,
     train_on_ray,
 )
@@ -26,7 +20,6 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.pretrain import PretrainConfig
-from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
@@ -34,9 +27,8 @@ from nanochat.data.corpora import prepare_corpus
 from nanochat.data.document_shards import write_token_shards
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
-from nanochat.errors import ClusterError, ConfigError
+from nanochat.errors import ConfigError
 from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
-from nanochat.inference.rollouts import with_reward
 from nanochat.provenance import begin_stage, check_stage, file_identity
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
@@ -45,9 +37,7 @@ from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.tasks.task import Excerpt
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import STAGES, Checkpoint, named_checkpoint, tokenizer_of
-from nanochat.training.hardware import physical_cores
-from nanochat.training.metrics import progress_line, rl_progress_line
-from nanochat.training.rl import load_practice, resolve_rl
+from nanochat.training.metrics import progress_line
 from nanochat.training.sft import resolve_sft
 
 Record = dict[str, Any]
@@ -115,7 +105,7 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
             config, plan, cluster, shards, folder.tokenizer, folder.pretrain, watch, pretrain_worker
         )  # fmt: skip
 
-    checkpoint, view = _watched(folder.pretrain, plan.num_steps, terminal, train)
+    checkpoint, view = watched(folder.pretrain, plan.num_steps, terminal, train)
     terminal.line(f"base model {checkpoint.folder}, validation {view.score:.4f} bits per byte")
     return checkpoint
 
@@ -166,92 +156,9 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         worker = functools.partial(sft_worker, held_out, base)
         return train_on_ray(config, sft.plan, cluster, shards, folder.tokenizer, folder.sft, watch, worker)
 
-    checkpoint, view = _watched(folder.sft, sft.plan.num_steps, terminal, train)
+    checkpoint, view = watched(folder.sft, sft.plan.num_steps, terminal, train)
     terminal.line(f"chat model {checkpoint.folder}, validation {view.score:.4f} bits per byte of answers")
     return checkpoint
-
-
-def practise(
-    run_dir: str, config: RLConfig, rollouts: RolloutsConfig, cluster: ClusterConfig, terminal: Terminal
-) -> Checkpoint:
-    """Improve the run's chat model on a task that has rewards, until the horizon. Resumes by itself.
-
-    Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
-    """
-    folder = RunFolder(run_dir)
-    base = Checkpoint(str(named_model(run_dir, config.base or "sft", terminal.line).checkpoint))
-    if (of_base := tokenizer_of(run_dir, base.folder)) != folder.tokenizer:
-        Tokenizer.load(of_base).save(folder.tokenizer)
-        terminal.line(f"tokenizer  the base model's, from {of_base}")
-    check_stage(folder.rl.root, {"rl": config})
-    task, held_out = load_practice(config, folder.tasks)
-    with_reward(Excerpt(held_out, 1), config.reward, os.getcwd())  # refused before anything starts
-    plan, _, inherited = resolve_rl(config, base)
-    workers, actors, gpus_each, use_gpu = share_machines(cluster, rollouts, terminal.line)
-    begin_stage(
-        folder.rl.root, {"rl": config, "rollouts": rollouts},
-        plan.as_json() | {"inherited": inherited, "base": base.folder, "base_sha256": base.weights_sha256},
-    )  # fmt: skip
-    terminal.line(
-        f"practice   {config.task}: {len(task):,} problems, {config.held_out_problems} of {len(held_out):,} held out"
-    )
-    terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in inherited.items())}")
-    terminal.line(
-        f"rl         from {base.folder}: {config.num_steps} updates of {config.groups_per_step} groups of "
-        f"{config.samples_per_group}, {workers} learning and {actors} sampling; Ctrl-C leaves with a checkpoint, the "
-        "same command goes on"
-    )
-    spec = RolloutSpec(
-        config=config, rollouts=replace(rollouts, gpus_per_actor=gpus_each or rollouts.gpus_per_actor), actors=actors,
-        model=plan.model, tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(),
-        use_gpu=use_gpu,
-        processes=workers + actors,
-    )  # fmt: skip
-    job = TrainJob(
-        config=config, tokenizer_folder=folder.tokenizer, folder=folder.rl, use_gpu=use_gpu,
-        worker=functools.partial(rl_worker, spec, base, Excerpt(held_out, max(1, config.held_out_problems))),
-        workers=list(range(cluster.min_workers or workers, workers + 1)), gpus_per_worker=gpus_each or 1.0,
-    )  # fmt: skip
-
-    def train(watch: Callable[[], None]) -> Checkpoint | None:
-        return run_on_ray(job, config.num_steps, cluster, watch)
-
-    checkpoint, view = _watched(
-        folder.rl, config.num_steps, terminal, train, score="held_out_pass_at_1", line=rl_progress_line
-    )
-    terminal.line(f"chat model {checkpoint.folder}, {view.score or 0:.1%} of held-out problems right")
-    return checkpoint
-
-
-def share_machines(
-    cluster: ClusterConfig, rollouts: RolloutsConfig, note: Callable[[str], None]
-) -> tuple[int, int, float, bool]:
-    """Return how many processes learn, how many sample, the GPUs of each where they share one, and if on GPUs.
-
-    Of several GPUs a quarter learns and the others sample; of one, both have a half; on CPU there is an actor on
-    each core that the learner leaves.
-    Raises: ClusterError if the cluster cannot hold them.
-    """
-    have = ray.cluster_resources()
-    gpus = int(have.get("GPU", 0))
-    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
-    gpus_each = 0.5 if use_gpu and gpus == 1 else 0.0
-    learners = cluster.num_workers or (max(1, gpus // 4) if use_gpu else 1)
-    each = gpus_each or rollouts.gpus_per_actor
-    left = gpus - learners * (gpus_each or 1.0)
-    actors = rollouts.actors or max(1, int(left / each) if use_gpu else physical_cores() - learners)
-    check_resources(learners, cluster, use_gpu and not gpus_each, note)
-    for kind, needed in (
-        ("CPU", learners * cluster.cpus_per_worker + actors * rollouts.cpus_per_actor),
-        ("GPU", learners * (gpus_each or 1.0) + actors * each if use_gpu else 0.0),
-    ):
-        if needed > have.get(kind, 0):
-            lack = f"actors={actors}: with {learners} learning needs {needed:g} {kind}, the cluster has "
-            lack += f"{have.get(kind, 0):g}. "
-            if address_of(cluster) is None:
-                raise ClusterError(lack + "Ask for fewer --actors, or lower --cpus-per-actor.")
-            note(lack + "Waiting for nodes.")
-    return learners, actors, gpus_each, use_gpu
 
 
 def evaluate_models(
@@ -308,7 +215,7 @@ def named_model(run_dir: str, name: str, note: Callable[[str], None]) -> Model:
     return Model(name if is_stage else "_".join(p for p in folder.split("/")[-4:] if p != "checkpoints"), folder)
 
 
-def _watched(
+def watched(
     folder: StageFolder,
     num_steps: int,
     terminal: Terminal,
@@ -386,7 +293,7 @@ def summary(run_dir: str) -> dict[str, Any]:
     bits = [record["val_bpb"] for record in storage.read_jsonl(folder.pretrain.metrics) if "val_bpb" in record]
     found: dict[str, Any] = {"val_bpb": bits[-1] if bits else None}
     scores = [record for record in storage.read_jsonl(folder.rl.metrics) if "held_out_n" in record]
-    if scores:
+    if scores and scores[-1]["step"] > 0:
         for when, record in (("before", scores[0]), ("after", scores[-1])):
             found[f"rl_pass1_{when}"] = {"accuracy": record["held_out_pass_at_1"], "n": record["held_out_n"]}
     for model, label in (("pretrain", "base"), ("sft", "sft"), ("rl", "rl")):

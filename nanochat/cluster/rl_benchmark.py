@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanochat import storage
-from nanochat.cluster.jobs import practise, share_machines
+from nanochat.cluster.rl_job import practise, share_machines
 from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
 from nanochat.cluster.terminal import Terminal
 from nanochat.cluster.trainer import TrainJob, rl_worker, run_on_ray, worker_context
@@ -133,10 +133,11 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
     base = named_checkpoint(run_dir, "sft", terminal.line)
     config = replace(word_problems(LOOP_STEPS), groups_per_step=8, held_out_problems=0)
     model = resolve_rl(config, base)[0].model
-    learners, actors, _, use_gpu = share_machines(CLUSTER, RolloutsConfig(), terminal.line)
+    learners, actors, gpus_each, use_gpu = share_machines(CLUSTER, RolloutsConfig(), terminal.line)
     folder = RunFolder(run_dir)
     spec = RolloutSpec(
-        config=config, rollouts=RolloutsConfig(running=128), actors=actors, model=model,
+        config=config, rollouts=RolloutsConfig(running=128, gpus_per_actor=gpus_each or None), actors=actors,
+        model=model,
         tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(), use_gpu=use_gpu,
         processes=learners + actors,
     )  # fmt: skip
@@ -158,7 +159,7 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
             storage.remove(stage.root)
             job = TrainJob(
                 config=config, tokenizer_folder=folder.tokenizer, folder=stage, use_gpu=use_gpu, worker=worker,
-                workers=[learners],
+                workers=[learners], gpus_per_worker=gpus_each or 1.0,
             )  # fmt: skip
             run_on_ray(job, config.num_steps, CLUSTER, lambda: None)
             records = [one for one in storage.read_jsonl(stage.metrics) if "reward" in one][WARM_UP_STEPS:]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nanochat.cluster.terminal import with_story
@@ -32,7 +33,7 @@ from nanochat.training.rl import load_practice
 from nanochat.training.rollout_queue import Batch, RolloutQueue
 
 DEATHS_IN_A_ROW = 5
-"""So many actors may die one after the other without a finished group between them."""
+"""So many actors, beside all that there are at once, may die without a finished group between them."""
 LOOK_S = 0.1
 
 
@@ -77,8 +78,11 @@ class RolloutActor:
     """Samples groups in a thread of its own, all that it was given at once."""
 
     def __init__(self, spec: RolloutSpec) -> None:
-        """Load tokenizer and task; weights come with the first order."""
         self.spec = spec
+
+    async def begun(self) -> None:
+        """Load tokenizer and task; weights come with the first order. Raises: what is wrong with them."""
+        spec = self.spec
         tokenizer = Tokenizer.load(spec.tokenizer_folder)
         run = RunContext(use_gpu=spec.use_gpu, local_world_size=spec.processes)
         hardware = choose_hardware(spec.config, run)
@@ -92,9 +96,6 @@ class RolloutActor:
         self._asked: dict[int, Future[Group]] = {}
         self._error: BaseException | None = None
         threading.Thread(target=self._work, name="sampling", daemon=True).start()
-
-    async def begun(self) -> None:
-        """Return as soon as there is an actor."""
 
     async def sample(self, order: Order) -> tuple[Group, Counters]:
         """Return a group when it is sampled. Raises: what went wrong with it, or with the actor before."""
@@ -139,14 +140,14 @@ class RolloutActor:
         with contextlib.suppress(queue.Empty):
             while True:
                 orders.append(self._orders.get_nowait())
-        for order, future in orders:
+        self._asked |= {order.group: future for order, future in orders if order.group is not None}
+        for order, _ in orders:
             if order.version > self.sampler.version:
                 newest = max((order for order, _ in orders), key=lambda order: order.version)
                 start_s = time.monotonic()
                 self.sampler.load(newest.version, ray.get(newest.weights[0]))
                 self._load_s += time.monotonic() - start_s
             if order.group is not None:
-                self._asked[order.group] = future
                 self.sampler.add(order.group)
 
 
@@ -191,7 +192,8 @@ class RolloutPool:
         with self._changed:
             self._newest, self.queue.version = order, version
             for actor in self._actors:
-                actor.handle.load.remote(order)
+                if actor.begun is None:  # a queue of those who wait for room would hold on to every policy
+                    actor.handle.load.remote(order)
             self._changed.notify_all()
 
     def take(self) -> Batch:
@@ -233,7 +235,7 @@ class RolloutPool:
         """Start an actor, wherever there is room."""
         rollouts, use_gpu = self.spec.rollouts, self.spec.use_gpu
         options = {
-            "num_cpus": rollouts.cpus_per_actor, "num_gpus": rollouts.gpus_per_actor if use_gpu else 0,
+            "num_cpus": rollouts.cpus_per_actor, "num_gpus": (rollouts.gpus_per_actor or 1.0) if use_gpu else 0.0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=None), "max_restarts": 0,
         }  # fmt: skip
         handle = ray.remote(RolloutActor).options(**options).remote(self.spec)
@@ -278,6 +280,11 @@ class RolloutPool:
         try:
             result = ray.get(ref)
         except ray.exceptions.RayTaskError as err:
+            if isinstance(err.cause, torch.OutOfMemoryError):
+                raise ClusterError(
+                    f"running={self.spec.rollouts.running}: a rollout actor ran out of memory ({excerpt(err.cause)}). "
+                    "Lower --running."
+                ) from err
             raise with_story(err.cause, "in a rollout actor", str(err)) from None
         except ray.exceptions.RayError as err:  # it died, or its node, or the result on the way
             self._bury(actor, err)
@@ -296,11 +303,11 @@ class RolloutPool:
         which = f"groups {groups[0]} to {groups[-1]}" if groups else "no group"
         self.deaths += 1
         self._deaths_in_a_row += 1
-        self.note(f"a rollout actor died with {which}; another takes its place")
-        if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
+        self.note(f"a rollout actor died with {which}; another takes its place ({excerpt(err)})")
+        if self._deaths_in_a_row >= DEATHS_IN_A_ROW + len(self._actors):
             raise ClusterError(
-                f"actors={self.spec.actors}: {DEATHS_IN_A_ROW} died one after the other without a sample, the last "
-                f"with {which} ({excerpt(err)}). Look into Ray's log, or free memory."
+                f"actors={self.spec.actors}: {self._deaths_in_a_row} died one after the other without a sample, the "
+                f"last with {which} ({excerpt(err)}). Look into Ray's log, or free memory."
             )
         ray.kill(actor.handle)  # it may be out of reach alone
         for group in groups:

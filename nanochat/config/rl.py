@@ -46,13 +46,14 @@ class RLConfig(LearnerConfig):
     loss: Identity[Literal["reinforce", "ppo_clip", "cispo", "gspo"]] = "reinforce"
     """How the ratio of the trained policy to the one that sampled is used, and bounded."""
     aggregate: Identity[Literal["token_global", "sequence_mean", "constant"]] = "token_global"
-    """Whether tokens or sequences count alike; constant = tokens, divided by samples times max_new_tokens."""
+    """Whether tokens or sequences count alike; constant = tokens, divided by trained samples times max_new_tokens."""
     clip_low: Identity[float | None] = None
-    """How far below 1 the ratio may be; none = 0.2 for ppo_clip, 3e-4 for gspo, unbounded for the others."""
+    """How far below 1 the ratio may be; none = 0.2 for ppo_clip, 3e-4 for gspo, 1 for cispo."""
     clip_high: Identity[float | None] = None
     """How far above 1 the ratio may be; none = 0.28 for ppo_clip, 4 for cispo, 4e-4 for gspo."""
     tis_cap: Identity[float | None] = 2.0
-    """reinforce: weigh each token by the ratio, at most by this (truncated importance sampling); none = do not."""
+    """reinforce: weigh tokens of an older policy by the ratio, at most by this (truncated importance sampling); none =
+    do not. Without staleness the ratio is 1."""
     kl_beta: Identity[float] = 0.0
     """Weight of the KL penalty that holds on to the model it began from; above 0 that stays in memory, too."""
     dynamic_sampling: Identity[bool] = True
@@ -102,6 +103,10 @@ class RLConfig(LearnerConfig):
             self, "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "clip_low", "clip_high", "tis_cap",
             "kl_beta", "max_refill",
         )  # fmt: skip
+        if self.tis_cap == 0:
+            found.append("tis_cap=0: would weigh all tokens by nothing. Leave it out, or say none.")
+        if self.loss == "reinforce" and (self.clip_low, self.clip_high) != (None, None):
+            found.append("clip_low and clip_high: do nothing with loss=reinforce. Take another loss, or use tis_cap.")
         if not 0 < self.temperature < math.inf:
             found.append(f"temperature={self.temperature}: must be above 0, or all samples are the same. 1 is good.")
         if self.reward is not None and not all(self.reward.partition(":")):
@@ -112,7 +117,7 @@ class RLConfig(LearnerConfig):
     def bounds(self) -> tuple[float | None, float | None]:
         """The least and the most that the ratio may be, None = unbounded."""
         if self.loss == "reinforce":
-            return None, self.tis_cap
+            return None, self.tis_cap if self.max_staleness else None
         low, high = CLIP[self.loss]
         low = low if self.clip_low is None else self.clip_low
         high = high if self.clip_high is None else self.clip_high
@@ -132,8 +137,8 @@ class RolloutsConfig:
     """Processes that sample; none = one per GPU, or per core of this machine, that the learner leaves."""
     cpus_per_actor: float = 0.5
     """Logical CPUs that one reserves."""
-    gpus_per_actor: float = 1.0
-    """GPUs that one reserves where the run is on GPUs; 0.5 lets two share one."""
+    gpus_per_actor: float | None = None
+    """GPUs that one reserves where the run is on GPUs; none = 1, or a half of the only one."""
     running: int = 64
     """Completions that one works on at a time."""
     timeout_s: float = 300.0
@@ -144,7 +149,7 @@ class RolloutsConfig:
         found += [
             f"{name}={value}: must be above 0. Leave it out for the default."
             for name in ("cpus_per_actor", "gpus_per_actor", "timeout_s")
-            if not (value := getattr(self, name)) > 0
+            if (value := getattr(self, name)) is not None and not value > 0
         ]
         if found:
             raise ConfigError(" ".join(found))

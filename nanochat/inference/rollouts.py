@@ -184,11 +184,6 @@ class GroupSampler:
         finished, self._finished = self._finished, []
         return finished
 
-    @property
-    def unfinished(self) -> int:
-        """Completions that are being sampled or wait for it."""
-        return len(self._places)
-
     def _take(self, event: Event) -> None:
         group, place = self._places[event.id]
         sample = self._groups[group].group.samples[place]

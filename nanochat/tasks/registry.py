@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Callable
 
+from nanochat import storage
 from nanochat.errors import ConfigError
 from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.conversation_files import load_messages, load_smoltalk
@@ -49,6 +50,18 @@ def load_named(
     name = found["name"]
     path = found["path"] or (identity if name == "identity" else None)
     return name, load_task(name, found["split"] or split, TaskFiles(folder=folder, path=path, mirror=mirror))
+
+
+def with_absolute_path(text: str) -> str:
+    """Return NAME[=PATH][:SPLIT] with a path that means the same in every folder; what cannot be read stays."""
+    found = _NAMED.fullmatch(text)
+    return text if not found or not found["path"] else text.replace(found["path"], storage.absolute(found["path"]), 1)
+
+
+def files_of(text: str) -> list[str]:
+    """Return the files of one's own that NAME[=PATH][:SPLIT] names."""
+    found = _NAMED.fullmatch(text)
+    return storage.list_files(found["path"]) if found and found["path"] else []
 
 
 def load_task(name: str, split: str, files: TaskFiles) -> Task:

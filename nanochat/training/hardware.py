@@ -96,8 +96,9 @@ def choose_hardware(config: LearnerConfig, run: RunContext) -> Hardware:
 
 
 def physical_cores() -> int:
-    """Return how many cores this machine has."""
-    return psutil.cpu_count(logical=False) or 1
+    """Return how many cores this process may use."""
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -75,7 +75,11 @@ def load_practice(config: RLConfig, folder: str) -> tuple[Task, Task]:
         if not len(task):
             raise ConfigError(f"{field}={text}: has no problems. Name another split.")
         practice.append(task)
-    if practice[0].split == practice[1].split:
+    if practice[0].split.startswith("test") or practice[0].split.endswith("_test"):
+        raise ConfigError(f"task={config.task}: test splits are for scores alone. Practise another split.")
+    if (practice[0].name, practice[0].split) == (practice[1].name, practice[1].split) and (
+        re.sub(r":\w+$", "", config.task) == re.sub(r":\w+$", "", held_out)
+    ):
         raise ConfigError(f"held_out={held_out}: is what is practised. Name another split with --held-out NAME:SPLIT.")
     return practice[0], practice[1]
 
@@ -175,6 +179,8 @@ class PolicyTraining(Learner[RLConfig]):
             self._publish(step)
         stopped = False
         while True:
+            if step == self.plan.num_steps and self.rollouts is not None:
+                self.rollouts.close()  # the cores are free to score
             if step in (0, self.plan.num_steps) or self._due(self.config.evaluate_every, step):
                 self._evaluate(step)
             if stopped or step == self.plan.num_steps:

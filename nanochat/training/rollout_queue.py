@@ -59,7 +59,8 @@ class RolloutQueue:
         if self._again:
             group = heapq.heappop(self._again)
         else:
-            if self._full_batches() >= self.version + self.config.max_staleness + 1 - self.next_batch:
+            end = min(self.version + self.config.max_staleness + 1, self.config.num_steps)
+            if self._full_batches() >= end - self.next_batch:
                 return None
             group, self._next = self._next, self._next + 1
         self._out.add(group)

@@ -140,7 +140,7 @@ def test_twenty_kills_change_nothing(tiny, tmp_path, title):
     [
         ("broken", KeyError, "no such fact"),
         pytest.param("not_a_number", ConfigError, "reward=nan: must be a finite number", marks=pytest.mark.slow),
-        pytest.param("deadly", ClusterError, "actors=2: 5 died one after the other", marks=pytest.mark.slow),
+        pytest.param("deadly", ClusterError, "actors=2: 7 died one after the other", marks=pytest.mark.slow),
         pytest.param("absent", ConfigError, "tiny_rewards:absent: cannot be imported", marks=pytest.mark.slow),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat.cluster import jobs, trainer
+from nanochat.cluster import rl_job, trainer
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.rl import RolloutsConfig
 from nanochat.errors import ClusterError
@@ -11,11 +11,11 @@ from nanochat.errors import ClusterError
 @pytest.fixture
 def cluster_of(monkeypatch):
     """Lets Ray say that it has so much."""
-    monkeypatch.setattr(jobs, "physical_cores", lambda: 8)
+    monkeypatch.setattr(rl_job, "physical_cores", lambda: 8)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def have(**resources):
-        for module in (jobs, trainer):
+        for module in (rl_job, trainer):
             monkeypatch.setattr(module.ray, "cluster_resources", lambda: resources)
 
     return have
@@ -29,6 +29,7 @@ def cluster_of(monkeypatch):
         ({"CPU": 96, "GPU": 8}, {}, {"gpus_per_actor": 2.0}, (2, 3, 0.0, True)),
         ({"CPU": 96, "GPU": 2}, {}, {}, (1, 1, 0.0, True)),
         ({"CPU": 8, "GPU": 1}, {}, {}, (1, 1, 0.5, True)),
+        ({"CPU": 8, "GPU": 1}, {}, {"actors": 2, "gpus_per_actor": 0.25}, (1, 2, 0.5, True)),
         ({"CPU": 16, "GPU": 2}, {"use_gpu": False}, {}, (1, 7, 0.0, False)),
         ({"CPU": 16}, {}, {}, (1, 7, 0.0, False)),
         ({"CPU": 16}, {"num_workers": 8}, {}, (8, 1, 0.0, False)),
@@ -37,7 +38,7 @@ def cluster_of(monkeypatch):
 )
 def test_learners_and_actors_share_what_there_is(cluster_of, resources, cluster, rollouts, expected):
     cluster_of(**resources)
-    assert jobs.share_machines(ClusterConfig(**cluster), RolloutsConfig(**rollouts), print) == expected
+    assert rl_job.share_machines(ClusterConfig(**cluster), RolloutsConfig(**rollouts), print) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_learners_and_actors_share_what_there_is(cluster_of, resources, cluster,
 def test_more_than_there_is_is_refused_or_waited_for(cluster_of, resources, rollouts, message):
     cluster_of(**resources)
     with pytest.raises(ClusterError, match=message):
-        jobs.share_machines(ClusterConfig(), RolloutsConfig(**rollouts), print)
+        rl_job.share_machines(ClusterConfig(), RolloutsConfig(**rollouts), print)
     noted: list[str] = []
-    jobs.share_machines(ClusterConfig(address="auto"), RolloutsConfig(**rollouts), noted.append)
+    rl_job.share_machines(ClusterConfig(address="auto"), RolloutsConfig(**rollouts), noted.append)
     assert noted[-1].endswith("Waiting for nodes.")

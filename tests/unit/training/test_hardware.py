@@ -23,6 +23,7 @@ def four_cores(monkeypatch):
     """A machine of four physical cores without a GPU; the thread count is recorded, not set."""
     threads: list[int] = []
     monkeypatch.setattr(hardware.psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -33,6 +34,12 @@ def four_cores(monkeypatch):
 def test_workers_share_the_physical_cores(four_cores, workers, expected):
     assert choose_hardware(PretrainConfig(), RunContext(local_world_size=workers)).device == CPU
     assert four_cores == [expected]
+
+
+def test_cores_that_the_process_may_not_use_do_not_count(four_cores, monkeypatch):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: {5, 6, 7}, raising=False)
+    choose_hardware(PretrainConfig(), RunContext())
+    assert four_cores == [3]
 
 
 @pytest.mark.parametrize("able", ["avx512_bf16", "amx_bf16", "bf16", None])

@@ -128,7 +128,7 @@ def test_what_is_written_down(base, tmp_path, on_one_core):
     samples = read_jsonl(str(tmp_path / "samples.jsonl"))
     assert [one["step"] for one in samples] == [0, 2, 4]
     best, worst = samples[-1]["samples"]
-    assert best["which"], worst["which"] == ("best", "worst")
+    assert (best["which"], worst["which"]) == ("best", "worst")
     assert best["reward"] >= worst["reward"]
 
 
@@ -149,7 +149,9 @@ def test_another_base_is_refused(base, tmp_path, on_one_core):
         ({"temperature": 0.0}, "temperature=0.0: must be above 0, or all samples are the same"),
         ({"max_staleness": -1}, "max_staleness=-1: must be at least 0"),
         ({"reward": "rewards.py"}, "reward=rewards.py: must be MODULE:FUNCTION"),
-        ({"clip_high": -0.1}, "clip_high=-0.1: must be a number from 0 on"),
+        ({"clip_high": -0.1, "loss": "ppo_clip"}, "clip_high=-0.1: must be a number from 0 on"),
+        ({"clip_high": 0.3}, "clip_low and clip_high: do nothing with loss=reinforce"),
+        ({"tis_cap": 0.0}, "tis_cap=0: would weigh all tokens by nothing"),
         ({"first_lr_factor": 2.0}, r"first_lr_factor=2.0: must lie in \[0, 1\]"),
     ],
 )
@@ -169,6 +171,11 @@ def test_rollout_values_that_break_a_rule_are_named(changes):
     ("task", "held_out", "message"),
     [
         ("arithmetic:two_step", "arithmetic:two_step", "held_out=arithmetic:two_step: is what is practised"),
+        (
+            "arithmetic:two_step_test",
+            "arithmetic:two_step",
+            "task=arithmetic:two_step_test: test splits are for scores",
+        ),
         ("arithmetik", None, "task=arithmetik: must be one of .* Did you mean arithmetic"),
         ("arithmetic:", None, "task=arithmetic:: must be NAME, NAME=PATH and then :SPLIT"),
         ("arithmetic", "arithmetic:nine_steps", "split=nine_steps: arithmetic has train and val"),

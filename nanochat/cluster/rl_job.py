@@ -1,0 +1,129 @@
+"""Reinforcement learning as a job: what is practised and by whom, and the run on the current Ray session."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import ray
+
+from nanochat.cluster.jobs import named_model, watched
+from nanochat.cluster.rollouts import RolloutSpec
+from nanochat.cluster.session import address_of
+from nanochat.cluster.terminal import Terminal
+from nanochat.cluster.trainer import TrainJob, check_resources, rl_worker, run_on_ray
+from nanochat.config.cluster import ClusterConfig
+from nanochat.config.rl import RLConfig, RolloutsConfig
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import ClusterError
+from nanochat.inference.rollouts import with_reward
+from nanochat.provenance import begin_stage, check_stage
+from nanochat.storage import RunFolder
+from nanochat.tasks.registry import files_of, with_absolute_path
+from nanochat.tasks.task import Excerpt, ListedTask
+from nanochat.training.checkpoint import Checkpoint, tokenizer_of
+from nanochat.training.hardware import physical_cores
+from nanochat.training.metrics import rl_progress_line
+from nanochat.training.rl import load_practice, resolve_rl
+
+
+def practise(
+    run_dir: str, config: RLConfig, rollouts: RolloutsConfig, cluster: ClusterConfig, terminal: Terminal
+) -> Checkpoint:
+    """Improve the run's chat model on a task that has rewards, until the horizon. Resumes by itself.
+
+    Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
+    """
+    folder = RunFolder(run_dir)
+    base = Checkpoint(str(named_model(run_dir, config.base or "sft", terminal.line).checkpoint))
+    if (of_base := tokenizer_of(run_dir, base.folder)) != folder.tokenizer:
+        Tokenizer.load(of_base).save(folder.tokenizer)
+        terminal.line(f"tokenizer  the base model's, from {of_base}")
+    config = replace(
+        config, task=with_absolute_path(config.task),
+        held_out=None if config.held_out is None else with_absolute_path(config.held_out),
+    )  # fmt: skip
+    files = practice_files(config)
+    check_stage(folder.rl.root, {"rl": config}, files)
+    task, held_out = load_practice(config, folder.tasks)
+    plan, _, inherited = resolve_rl(config, base)
+    workers, actors, gpus_each, use_gpu = share_machines(cluster, rollouts, terminal.line)
+    begin_stage(
+        folder.rl.root, {"rl": config, "rollouts": rollouts},
+        plan.as_json() | {"inherited": inherited, "base": base.folder, "base_sha256": base.weights_sha256},
+        files,
+    )  # fmt: skip
+    terminal.line(
+        f"practice   {config.task}: {len(task):,} problems, {config.held_out_problems} of {len(held_out):,} held out"
+    )
+    terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in inherited.items())}")
+    terminal.line(
+        f"rl         from {base.folder}: {config.num_steps} updates of {config.groups_per_step} groups of "
+        f"{config.samples_per_group}, {workers} learning and {actors} sampling; Ctrl-C leaves with a checkpoint, the "
+        "same command goes on"
+    )
+    spec = RolloutSpec(
+        config=config, actors=actors,
+        rollouts=replace(rollouts, gpus_per_actor=rollouts.gpus_per_actor or gpus_each or 1.0),
+        model=plan.model, tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(),
+        use_gpu=use_gpu,
+        processes=workers + actors,
+    )  # fmt: skip
+    job = TrainJob(
+        config=config, tokenizer_folder=folder.tokenizer, folder=folder.rl, use_gpu=use_gpu,
+        worker=functools.partial(rl_worker, spec, base, Excerpt(held_out, max(1, config.held_out_problems))),
+        workers=list(range(cluster.min_workers or workers, workers + 1)), gpus_per_worker=gpus_each or 1.0,
+    )  # fmt: skip
+
+    def train(watch: Callable[[], None]) -> Checkpoint | None:
+        return run_on_ray(job, config.num_steps, cluster, watch)
+
+    checkpoint, view = watched(
+        folder.rl, config.num_steps, terminal, train, score="held_out_pass_at_1", line=rl_progress_line
+    )
+    terminal.line(f"chat model {checkpoint.folder}, {view.score or 0:.1%} of held-out problems right")
+    return checkpoint
+
+
+def practice_files(config: RLConfig) -> list[str]:
+    """Return the files of one's own that decide what is practised: those of the tasks, and the reward's module.
+
+    Raises: ConfigError if there is no such reward.
+    """
+    files = {file for text in (config.task, config.held_out or config.task) for file in files_of(text)}
+    judged = with_reward(ListedTask("", "", []), config.reward, os.getcwd())
+    if config.reward is not None and (module := inspect.getsourcefile(judged.reward)):
+        files.add(module)
+    return sorted(files)
+
+
+def share_machines(
+    cluster: ClusterConfig, rollouts: RolloutsConfig, note: Callable[[str], None]
+) -> tuple[int, int, float, bool]:
+    """Return how many processes learn, how many sample, the GPUs of each where they share one, and if on GPUs.
+
+    Of several GPUs a quarter learns and the others sample; of one, both have a half; on CPU there is an actor on
+    each core that the learner leaves.
+    Raises: ClusterError if the cluster cannot hold them.
+    """
+    have = ray.cluster_resources()
+    gpus = int(have.get("GPU", 0))
+    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
+    gpus_each = 0.5 if use_gpu and gpus == 1 else 0.0
+    learners = cluster.num_workers or (max(1, gpus // 4) if use_gpu else 1)
+    each = rollouts.gpus_per_actor or gpus_each or 1.0
+    left = gpus - learners * (gpus_each or 1.0)
+    actors = rollouts.actors or max(1, int(left / each) if use_gpu else physical_cores() - learners)
+    check_resources(learners, cluster, use_gpu and not gpus_each, note)
+    for kind, needed in (
+        ("CPU", learners * cluster.cpus_per_worker + actors * rollouts.cpus_per_actor),
+        ("GPU", learners * (gpus_each or 1.0) + actors * each if use_gpu else 0.0),
+    ):
+        if needed > have.get(kind, 0):
+            lack = f"actors={actors}: with {learners} learning needs {needed:g} {kind}, the cluster has "
+            lack += f"{have.get(kind, 0):g}. "
+            if address_of(cluster) is None:
+                raise ClusterError(lack + "Ask for fewer --actors, or lower --cpus-per-actor.")
+            note(lack + "Waiting for nodes.")
+    return learners, actors, gpus_each, use_gpu
