@@ -25,12 +25,15 @@ def rl(
     from nanochat.cluster.rl_job import practise
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
+    from nanochat.pages.report import write_report
 
     log_path = storage.RunFolder(run_dir).ray_log
 
     def main() -> None:
         with storage.claimed(run_dir), session(cluster, log_path):
-            practise(run_dir, config, rollouts, cluster, Terminal())
+            terminal = Terminal()
+            practise(run_dir, config, rollouts, cluster, terminal)
+            terminal.line(f"report     {write_report(run_dir)}")
 
     return run_job(main, log_path)
 

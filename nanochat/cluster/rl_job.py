@@ -54,9 +54,8 @@ def practise(
         plan.as_json() | {"inherited": inherited, "base": base.folder, "base_sha256": base.weights_sha256},
         files,
     )  # fmt: skip
-    terminal.line(
-        f"practice   {config.task}: {len(task):,} problems, {config.held_out_problems} of {len(held_out):,} held out"
-    )
+    scored = min(config.held_out_problems, len(held_out))
+    terminal.line(f"practice   {config.task}: {len(task):,} problems, {scored} of {len(held_out):,} held out")
     terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in inherited.items())}")
     terminal.line(
         f"rl         from {base.folder}: {config.num_steps} updates of {config.groups_per_step} groups of "
@@ -82,7 +81,8 @@ def practise(
     checkpoint, view = watched(
         folder.rl, config.num_steps, terminal, train, score="held_out_pass_at_1", line=rl_progress_line
     )
-    terminal.line(f"chat model {checkpoint.folder}, {view.score or 0:.1%} of held-out problems right")
+    right = "" if view.score is None else f", {view.score:.1%} of held-out problems right"
+    terminal.line(f"chat model {checkpoint.folder}{right}")
     return checkpoint
 
 

@@ -21,7 +21,8 @@ class RLConfig(LearnerConfig):
     held_out: Identity[str | None] = None
     """What to score, in the same form; none = the task's val split."""
     reward: Identity[str | None] = None
-    """Function MODULE:NAME(conversation, reply) -> float that judges a reply instead of the task's own rule."""
+    """Function MODULE:NAME(conversation, reply) -> float that judges a reply instead of the task's own rule; 1 or more
+    counts as right."""
     task_mirror: str | None = None
     """Base URL to download tasks from, as MIRROR/TASK/FILE; none = their public homes."""
     base: Identity[str | None] = None

@@ -200,7 +200,13 @@ class PolicyTraining(Learner[RLConfig]):
         if not math.isfinite(figures["loss"]):
             raise self.diverged("loss", figures["loss"], step)
         self.next_group = batch.next_group
-        self.empty_steps += figures["trained_tokens"] == 0
+        if figures["trained_tokens"] == 0:
+            self.empty_steps += 1
+            if self.empty_steps == 1 and self.context.rank == 0:
+                self.folder.note(
+                    f"update {step + 1} trained nothing: in no group did rewards differ. If that goes on: an easier "
+                    "task, more samples_per_group, a higher temperature"
+                )
         if step + 1 < self.plan.num_steps and not stopped:
             self._publish(step + 1)
         step_s = time.perf_counter() - start_s
@@ -263,6 +269,8 @@ class PolicyTraining(Learner[RLConfig]):
             inference_copy(self.model), self.tokenizer, asked, max_new_tokens=self.config.max_new_tokens
         )  # fmt: skip
         rewards = [self.held_out.reward(one, reply.text) for one, reply in zip(asked, replies, strict=True)]
+        if not all(map(math.isfinite, rewards)):
+            raise ConfigError(f"reward={rewards}: must be finite numbers. Mend the reward function.")
         sums = torch.tensor([sum(rewards), sum(reward >= 1 for reward in rewards)], dtype=torch.float64)
         if self.context.world_size > 1:
             sums = sums.float().to(self.hardware.device)

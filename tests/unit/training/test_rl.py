@@ -100,7 +100,11 @@ def test_a_run_that_is_cut_off_ends_as_an_undisturbed_one(base, tmp_path, on_one
             both = [[(r["step"], r[name]) for r in records(one, name)] for one in (folder, tmp_path / "whole")]
             assert both[0] == both[1]
     notes = [record["note"] for record in read_jsonl(str(tmp_path / "from_2" / "notes.jsonl"))]
-    assert notes == ["a worker group starts at step 0", "a worker group starts at step 2"]
+    assert any("trained nothing" in note for note in notes) == (kind is Rare)
+    assert [note for note in notes if "starts at step" in note] == [
+        "a worker group starts at step 0",
+        "a worker group starts at step 2",
+    ]
 
 
 def test_a_stop_leaves_a_checkpoint_and_the_rest_follows(base, tmp_path, on_one_core):
