@@ -16,7 +16,7 @@ import pytest
 from nanochat.storage import read_jsonl
 
 ROOT = Path(__file__).parents[2]
-MAX_TERMINAL_LINES = 42
+MAX_TERMINAL_LINES = 52
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
