@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_and_a_named_one_refused(tmp_p
     assert (found.name, found.checkpoint) == ("sft", f"{tmp_path}/sft/checkpoints/step_000002")
     assert len(said) == 1
     assert "step_000004" in said[0]
-    with pytest.raises(CheckpointError, match=r"checkpoint=.*step_000004: .*Name pretrain, sft, or a complete"):
+    with pytest.raises(CheckpointError, match=r"checkpoint=.*step_000004: .*Name pretrain, sft, rl, or a complete"):
         jobs.named_model(str(tmp_path), f"{tmp_path}/sft/checkpoints/step_000004", said.append)
 
 
