@@ -133,7 +133,9 @@ def assert_the_model_can_be_talked_to(run_dir: Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert lost.returncode == 2
-    assert "checkpoint=nothing: state.json is missing. Name pretrain, sft, rl, or a complete step_ folder." in lost.stderr
+    assert (
+        "checkpoint=nothing: state.json is missing. Name pretrain, sft, rl, or a complete step_ folder." in lost.stderr
+    )
 
 
 @pytest.mark.slow
