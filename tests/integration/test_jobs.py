@@ -49,7 +49,7 @@ def record(step: int) -> dict:
 def test_the_view_shows_each_new_note_once_and_the_newest_record(tmp_path):
     folder, screen = StageFolder(str(tmp_path)), Screen()
     folder.note("of an earlier start")
-    view = jobs._MetricsView(folder, 9, screen)
+    view = jobs._MetricsView(folder, 9, screen, "val_bpb", progress_line)
     view.update()
     assert screen.take() == []
     folder.note("a worker group starts at step 0")
@@ -72,12 +72,12 @@ def test_the_view_shows_each_new_note_once_and_the_newest_record(tmp_path):
         ("line", "           a worker group starts at step 2"),
         ("live", progress_line(record(1), 9, 2.5)),
     ]
-    assert view.val_bpb == 2.5
+    assert view.score == 2.5
 
 
 def test_the_view_follows_a_restart_that_drops_records(tmp_path):
     folder, screen = StageFolder(str(tmp_path)), Screen()
-    view = jobs._MetricsView(folder, 9, screen)
+    view = jobs._MetricsView(folder, 9, screen, "val_bpb", progress_line)
     for step in range(3):
         storage.append_jsonl(folder.metrics, record(step))
     storage.append_jsonl(folder.metrics, {"step": 3, "val_bpb": 2.5})
@@ -87,14 +87,14 @@ def test_the_view_follows_a_restart_that_drops_records(tmp_path):
     storage.append_jsonl(folder.metrics, record(0))
     view.update()
     assert screen.take() == [("live", progress_line(record(0), 9, None))]
-    assert view.val_bpb is None
+    assert view.score is None
 
 
 def test_the_view_looks_at_an_object_store_every_ten_seconds(monkeypatch):
     now_s = 1000.0
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now_s)
     folder, screen = StageFolder(f"memory://{uuid.uuid4().hex}"), Screen()
-    view = jobs._MetricsView(folder, 9, screen)
+    view = jobs._MetricsView(folder, 9, screen, "val_bpb", progress_line)
     seen = []
     for now_s in (1000.0, 1005.0, 1009.9, 1010.5, 1020.0, 1021.0):
         folder.note(f"at {now_s:g}")
