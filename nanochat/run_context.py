@@ -24,6 +24,8 @@ class RunContext:
     """This worker's number on its node: which GPU."""
     local_world_size: int = 1
     """Workers on this node: what share of its cores."""
+    gpu_share: float = 1.0
+    """How much of its GPU's memory is this worker's."""
     use_gpu: bool = True
     """Whether to compute on a GPU where there is one."""
     map: Map = field(default=map)

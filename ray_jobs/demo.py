@@ -61,7 +61,7 @@ def demo(config: DemoConfig) -> int:
 
 def _run(config: DemoConfig, log_path: str) -> None:
     from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base
-    from nanochat.cluster.rl_job import practise
+    from nanochat.cluster.rl_job import practise, prepare_practice
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal
     from nanochat.pages.report import write_report
@@ -77,7 +77,8 @@ def _run(config: DemoConfig, log_path: str) -> None:
         )  # fmt: skip
         pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
         finetune_chat(config.run_dir, demo_sft(config), cluster, terminal)
-        practise(config.run_dir, demo_rl(config), RolloutsConfig(), cluster, terminal)
+        practice = prepare_practice(config.run_dir, demo_rl(config), terminal.line)
+        practise(config.run_dir, practice, RolloutsConfig(), cluster, terminal)
         for evaluation in demo_evaluations(config):
             evaluate_models(config.run_dir, evaluation, cluster, terminal)
     terminal.line(f"report     {write_report(config.run_dir)}")

@@ -22,7 +22,7 @@ def rl(
         run_dir: Run directory with a fine-tuned model, a local path or URI.
     """
     set_ray_environment()
-    from nanochat.cluster.rl_job import practise
+    from nanochat.cluster.rl_job import practise, prepare_practice
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
     from nanochat.pages.report import write_report
@@ -30,9 +30,11 @@ def rl(
     log_path = storage.RunFolder(run_dir).ray_log
 
     def main() -> None:
-        with storage.claimed(run_dir), session(cluster, log_path):
-            terminal = Terminal()
-            practise(run_dir, config, rollouts, cluster, terminal)
+        terminal = Terminal()
+        with storage.claimed(run_dir):
+            practice = prepare_practice(run_dir, config, terminal.line)
+            with session(cluster, log_path):
+                practise(run_dir, practice, rollouts, cluster, terminal)
             terminal.line(f"report     {write_report(run_dir)}")
 
     return run_job(main, log_path)

@@ -37,7 +37,7 @@ from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.tasks.task import Excerpt
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import STAGES, Checkpoint, named_checkpoint, tokenizer_of
-from nanochat.training.metrics import progress_line
+from nanochat.training.metrics import held_out_text, progress_line
 from nanochat.training.sft import resolve_sft
 
 Record = dict[str, Any]
@@ -106,7 +106,7 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
         )  # fmt: skip
 
     checkpoint, view = watched(folder.pretrain, plan.num_steps, terminal, train)
-    terminal.line(f"base model {checkpoint.folder}, validation {view.score:.4f} bits per byte")
+    terminal.line(f"base model {checkpoint.folder}, validation {view.scored['val_bpb']:.4f} bits per byte")
     return checkpoint
 
 
@@ -157,7 +157,7 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         return train_on_ray(config, sft.plan, cluster, shards, folder.tokenizer, folder.sft, watch, worker)
 
     checkpoint, view = watched(folder.sft, sft.plan.num_steps, terminal, train)
-    terminal.line(f"chat model {checkpoint.folder}, validation {view.score:.4f} bits per byte of answers")
+    terminal.line(f"chat model {checkpoint.folder}, validation {view.scored['val_bpb']:.4f} bits per byte of answers")
     return checkpoint
 
 
@@ -170,7 +170,7 @@ def evaluate_models(
     """
     gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
     actors = config.actors or max(1, gpus)
-    config = replace(config, models=config.models or (() if config.hf else ("sft",)))
+    config = replace(config, models=config.models or (() if config.hf else chat_models(run_dir)))
     models = [named_model(run_dir, name, terminal.line) for name in config.models]
     for model in models:
         terminal.line(f"model      {model.name}: {model.checkpoint}")
@@ -189,6 +189,12 @@ def evaluate_models(
     for line in score_table(results):
         terminal.line(line)
     return results
+
+
+def chat_models(run_dir: str) -> tuple[str, ...]:
+    """Return the stages that have a chat model; sft if there is none."""
+    folder = RunFolder(run_dir)
+    return tuple(name for name in ("sft", "rl") if storage.exists(getattr(folder, name).checkpoints)) or ("sft",)
 
 
 def trained_character(run_dir: str) -> str | None:
@@ -221,7 +227,7 @@ def watched(
     terminal: Terminal,
     train: Callable[[Callable[[], None]], Checkpoint | None],
     score: str = "val_bpb",
-    line: Callable[[Record, int, float | None], str] = progress_line,
+    line: Callable[[Record, int, Record], str] = progress_line,
 ) -> tuple[Checkpoint, "_MetricsView"]:
     """Train while the terminal follows; Ctrl-C stops with a checkpoint, which raises KeyboardInterrupt here."""
     view = _MetricsView(folder, num_steps, terminal, score, line)
@@ -249,12 +255,12 @@ class _MetricsView:
         num_steps: int,
         terminal: Terminal,
         of_score: str,
-        line: Callable[[Record, int, float | None], str],
+        line: Callable[[Record, int, Record], str],
     ) -> None:
         self.folder, self.num_steps, self.terminal = folder, num_steps, terminal
         self.of_score, self.line = of_score, line
-        self.score: float | None = None
-        """The newest: bits per byte, or the share of held-out problems that are right."""
+        self.scored: Record = {}
+        """The newest record with a score."""
         self._seen = storage.size_bytes(folder.metrics) if storage.exists(folder.metrics) else 0
         self._notes = len(storage.read_jsonl(folder.notes))
         self._looked_s = 0.0
@@ -276,14 +282,13 @@ class _MetricsView:
             return
         self._seen = size
         records = storage.read_jsonl(self.folder.metrics)
-        scores = [record[self.of_score] for record in records if self.of_score in record]
-        self.score = scores[-1] if scores else None
+        self.scored = next((record for record in reversed(records) if self.of_score in record), {})
         steps = [record for record in records if "loss" in record]
         if steps:
-            self.terminal.live(self.line(steps[-1], self.num_steps, self.score))
-        elif self.score is not None:
-            is_bits = self.of_score == "val_bpb"
-            shown = f"validation {self.score:.3f} bits per byte" if is_bits else f"held out {self.score:.1%}"
+            self.terminal.live(self.line(steps[-1], self.num_steps, self.scored))
+        elif self.scored:
+            bits = self.scored.get("val_bpb")
+            shown = f"held out {held_out_text(self.scored)}" if bits is None else f"validation {bits:.3f} bits per byte"
             self.terminal.live(f"{shown} before training")
 
 

@@ -15,14 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from nanochat import storage
-from nanochat.cluster.rl_job import practise, share_machines
+from nanochat.cluster.rl_job import practise, prepare_practice, share_machines
 from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
 from nanochat.cluster.terminal import Terminal
 from nanochat.cluster.trainer import TrainJob, rl_worker, run_on_ray, worker_context
 from nanochat.config.cluster import ClusterConfig
-from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
-from nanochat.config.training import LearnerConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.inference.engine import Event
 from nanochat.inference.rollouts import GroupSampler, packed_weights
@@ -59,7 +57,8 @@ def measure_learning(run_dir: str, seeds: int, num_steps: int, terminal: Termina
         storage.remove(folder.root)
         Tokenizer.load(RunFolder(run_dir).tokenizer).save(folder.tokenizer)
         start_s = time.monotonic()
-        practise(folder.root, replace(word_problems(num_steps, seed), base=base), RolloutsConfig(), CLUSTER, terminal)
+        config = replace(word_problems(num_steps, seed), base=base)
+        practise(folder.root, prepare_practice(folder.root, config, terminal.line), RolloutsConfig(), CLUSTER, terminal)
         seconds.append(time.monotonic() - start_s)
         scores = [record for record in storage.read_jsonl(folder.rl.metrics) if "held_out_n" in record]
         before.append(scores[0]["held_out_pass_at_1"])
@@ -141,8 +140,8 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
         tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(), use_gpu=use_gpu,
         processes=learners + actors,
     )  # fmt: skip
-    # Nobody learns: small batches, many of them under way, every one with all its groups.
-    small = replace(config, groups_per_step=4, max_staleness=9, dynamic_sampling=False)
+    # Nobody learns: small batches without end, many of them under way, every one with all its groups.
+    small = replace(config, num_steps=10**9, groups_per_step=4, max_staleness=9, dynamic_sampling=False)
     every_core = spec.actors if use_gpu else physical_cores()
     alone = replace(spec, config=small, actors=every_core, processes=every_core)
     held_out = load_practice(config, folder.tasks)[1][:1]
@@ -153,7 +152,7 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
     for number in range(ROUNDS):
         terminal.live(f"throughput: round {number + 1} of {ROUNDS}")
         for name, source in (("", _pool(alone, terminal)), ("_sequential", _taking_turns(alone))):
-            found.setdefault(f"rollout_samples_per_s{name}", []).append(_sampled_per_s(source, base, model))
+            found.setdefault(f"rollout_samples_per_s{name}", []).append(_sampled_per_s(source, alone, base))
         for name, worker in workers.items():
             stage = StageFolder(storage.join(run_dir, "rl_benchmark", f"loop{name}"))
             storage.remove(stage.root)
@@ -182,9 +181,9 @@ def _taking_turns(spec: RolloutSpec) -> RolloutSource:
     return OneGroupAtATime(spec.config, sampler)
 
 
-def _sampled_per_s(source: RolloutSource, base: Checkpoint, model: ModelConfig) -> float:
+def _sampled_per_s(source: RolloutSource, spec: RolloutSpec, base: Checkpoint) -> float:
     """Take batches for nobody, all from the base model, and return the samples per second after a first batch."""
-    policy = GPT(model, choose_hardware(LearnerConfig(), RunContext()).dtype)
+    policy = GPT(spec.model, choose_hardware(spec.config, RunContext(use_gpu=spec.use_gpu)).dtype)
     load_parameters(policy, base.model_tensors(), base.folder)
     weights = packed_weights(policy)
     source.begin(0, 0)

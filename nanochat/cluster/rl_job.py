@@ -1,10 +1,11 @@
 """Reinforcement learning as a job: what is practised and by whom, and the run on the current Ray session."""
 
 import functools
-import inspect
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 
@@ -21,25 +22,35 @@ from nanochat.inference.rollouts import with_reward
 from nanochat.provenance import begin_stage, check_stage
 from nanochat.storage import RunFolder
 from nanochat.tasks.registry import files_of, with_absolute_path
-from nanochat.tasks.task import Excerpt, ListedTask
+from nanochat.tasks.task import Excerpt, ListedTask, Task
 from nanochat.training.checkpoint import Checkpoint, tokenizer_of
 from nanochat.training.hardware import physical_cores
-from nanochat.training.metrics import rl_progress_line
+from nanochat.training.metrics import held_out_text, rl_progress_line
+from nanochat.training.plan import Plan
 from nanochat.training.rl import load_practice, resolve_rl
 
 
-def practise(
-    run_dir: str, config: RLConfig, rollouts: RolloutsConfig, cluster: ClusterConfig, terminal: Terminal
-) -> Checkpoint:
-    """Improve the run's chat model on a task that has rewards, until the horizon. Resumes by itself.
+@dataclass(frozen=True)
+class Practice:
+    """What is practised, with all that can be wrong with it looked at."""
 
-    Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
-    """
+    config: RLConfig
+    """With absolute paths."""
+    base: Checkpoint
+    files: list[str]
+    task: Task
+    held_out: Task
+    plan: Plan
+    inherited: dict[str, Any]
+
+
+def prepare_practice(run_dir: str, config: RLConfig, note: Callable[[str], None]) -> Practice:
+    """Load and check what is practised; needs no Ray. Raises: what is wrong with it."""
     folder = RunFolder(run_dir)
-    base = Checkpoint(str(named_model(run_dir, config.base or "sft", terminal.line).checkpoint))
+    base = Checkpoint(str(named_model(run_dir, config.base or "sft", note).checkpoint))
     if (of_base := tokenizer_of(run_dir, base.folder)) != folder.tokenizer:
         Tokenizer.load(of_base).save(folder.tokenizer)
-        terminal.line(f"tokenizer  the base model's, from {of_base}")
+        note(f"tokenizer  the base model's, from {of_base}")
     config = replace(
         config, task=with_absolute_path(config.task),
         held_out=None if config.held_out is None else with_absolute_path(config.held_out),
@@ -48,11 +59,23 @@ def practise(
     check_stage(folder.rl.root, {"rl": config}, files)
     task, held_out = load_practice(config, folder.tasks)
     plan, _, inherited = resolve_rl(config, base)
+    return Practice(config, base, files, task, held_out, plan, inherited)
+
+
+def practise(
+    run_dir: str, practice: Practice, rollouts: RolloutsConfig, cluster: ClusterConfig, terminal: Terminal
+) -> Checkpoint:
+    """Improve the run's chat model on a task that has rewards, until the horizon. Resumes by itself.
+
+    Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
+    """
+    folder, config, base = RunFolder(run_dir), practice.config, practice.base
+    plan, inherited, task, held_out = practice.plan, practice.inherited, practice.task, practice.held_out
     workers, actors, gpus_each, use_gpu = share_machines(cluster, rollouts, terminal.line)
     begin_stage(
         folder.rl.root, {"rl": config, "rollouts": rollouts},
         plan.as_json() | {"inherited": inherited, "base": base.folder, "base_sha256": base.weights_sha256},
-        files,
+        practice.files,
     )  # fmt: skip
     scored = min(config.held_out_problems, len(held_out))
     terminal.line(f"practice   {config.task}: {len(task):,} problems, {scored} of {len(held_out):,} held out")
@@ -81,8 +104,10 @@ def practise(
     checkpoint, view = watched(
         folder.rl, config.num_steps, terminal, train, score="held_out_pass_at_1", line=rl_progress_line
     )
-    right = "" if view.score is None else f", {view.score:.1%} of held-out problems right"
+    right = f", {held_out_text(view.scored)} of held-out problems right" if view.scored else ""
     terminal.line(f"chat model {checkpoint.folder}{right}")
+    if empty := checkpoint.state["loop"]["empty_steps"]:
+        terminal.line(f"           {empty} of {config.num_steps} updates trained nothing: no group's rewards differed")
     return checkpoint
 
 
@@ -92,8 +117,8 @@ def practice_files(config: RLConfig) -> list[str]:
     Raises: ConfigError if there is no such reward.
     """
     files = {file for text in (config.task, config.held_out or config.task) for file in files_of(text)}
-    judged = with_reward(ListedTask("", "", []), config.reward, os.getcwd())
-    if config.reward is not None and (module := inspect.getsourcefile(judged.reward)):
+    with_reward(ListedTask("", "", []), config.reward, os.getcwd())
+    if config.reward is not None and (module := sys.modules[config.reward.partition(":")[0]].__file__):
         files.add(module)
     return sorted(files)
 

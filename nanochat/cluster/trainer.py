@@ -168,6 +168,7 @@ def worker_context(job: TrainJob) -> RunContext:
     context = ray.train.get_context()
     return RunContext(
         use_gpu=job.use_gpu,
+        gpu_share=job.gpus_per_worker,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),

@@ -22,7 +22,7 @@ class RLConfig(LearnerConfig):
     """What to score, in the same form; none = the task's val split."""
     reward: Identity[str | None] = None
     """Function MODULE:NAME(conversation, reply) -> float that judges a reply instead of the task's own rule; 1 or more
-    counts as right."""
+    counts as right. What it raises ends the run."""
     task_mirror: str | None = None
     """Base URL to download tasks from, as MIRROR/TASK/FILE; none = their public homes."""
     base: Identity[str | None] = None
@@ -47,7 +47,8 @@ class RLConfig(LearnerConfig):
     loss: Identity[Literal["reinforce", "ppo_clip", "cispo", "gspo"]] = "reinforce"
     """How the ratio of the trained policy to the one that sampled is used, and bounded."""
     aggregate: Identity[Literal["token_global", "sequence_mean", "constant"]] = "token_global"
-    """Whether tokens or sequences count alike; constant = tokens, divided by trained samples times max_new_tokens."""
+    """Whether tokens or sequences count alike; constant = tokens, divided by as many as an update could have:
+    groups_per_step * samples_per_group * max_new_tokens."""
     clip_low: Identity[float | None] = None
     """How far below 1 the ratio may be; none = 0.2 for ppo_clip, 3e-4 for gspo, 1 for cispo."""
     clip_high: Identity[float | None] = None
@@ -108,6 +109,8 @@ class RLConfig(LearnerConfig):
             found.append("tis_cap=0: would weigh all tokens by nothing. Leave it out, or say none.")
         if self.loss == "reinforce" and (self.clip_low, self.clip_high) != (None, None):
             found.append("clip_low and clip_high: do nothing with loss=reinforce. Take another loss, or use tis_cap.")
+        if self.clip_low is not None and self.clip_low > 1:
+            found.append(f"clip_low={self.clip_low}: must be at most 1, where the ratio has no lower bound.")
         if not 0 < self.temperature < math.inf:
             found.append(f"temperature={self.temperature}: must be above 0, or all samples are the same. 1 is good.")
         if self.reward is not None and not all(self.reward.partition(":")):

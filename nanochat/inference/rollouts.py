@@ -12,6 +12,8 @@ import importlib
 import math
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,8 +114,26 @@ def with_reward(task: Task, name: str | None, folder: str) -> Task:
         ) from err
     if not callable(found):
         raise ConfigError(f"reward={name}: is no function. Name one that takes a conversation and a reply.")
-    task.reward = found  # type: ignore[method-assign]
+    task.reward = _checked(found, name)  # type: ignore[method-assign]
     return task
+
+
+def _checked(function: Callable[[Conversation, str], float], name: str) -> Callable[[Conversation, str], float]:
+    """Return somebody's reward function, whose faults are errors that say what it was given."""
+
+    def reward(conversation: Conversation, reply: str) -> float:
+        about = f"for the reply {excerpt(repr(reply))}. Mend the function."
+        try:
+            value = float(function(conversation, reply))
+        except Exception as err:  # it may raise whatever it likes
+            frame = traceback.extract_tb(err.__traceback__)[-1]
+            raised = f"{type(err).__name__}: {excerpt(err)} ({frame.filename}:{frame.lineno})"
+            raise ConfigError(f"reward={name}: raised {raised} {about}") from err
+        if not math.isfinite(value):
+            raise ConfigError(f"reward={name}: returned {value}, which is no finite number, {about}")
+        return value
+
+    return reward
 
 
 def packed_weights(model: GPT) -> bytes:
@@ -206,12 +226,7 @@ class GroupSampler:
             parts = parse_parts(self.tokenizer, sample.tokens)
             sample.text = "".join(part.text for part in parts if part.kind == "text")
             sample.shown = shown(parts)
-            sample.reward = float(self.task.reward(unfinished.conversation, sample.text))
-            if not math.isfinite(sample.reward):
-                raise ConfigError(
-                    f"reward={sample.reward}: must be a finite number, for problem {group.problem} and the reply "
-                    f"{excerpt(sample.text)!r}. Mend the reward function."
-                )
+            sample.reward = self.task.reward(unfinished.conversation, sample.text)
         group.version = min([group.version, *(sample.versions[0] for sample in group.samples if sample.versions)])
         group.sampled_s = time.monotonic() - unfinished.start_s
         self._finished.append(group)

@@ -91,7 +91,10 @@ def rl_charts(records: list[Record]) -> list[Markup]:
     named = "pass@k of the samples" + (f", upwards k = {', '.join(map(str, tries))}" if tries else "")
     whole = SHARE | {"y_max": 1.0}
     charts = [
-        line_chart("Reward, mean of the samples", [reward, Series("smoothed", list(smoothed))]),
+        line_chart(
+            "Reward, mean of the samples (dots: held-out problems)",
+            [reward, Series("smoothed", list(smoothed)), _series(records, "held_out_reward", "dotted")],
+        ),
         line_chart("Right on held-out problems", [_series(records, "held_out_pass_at_1", "dotted")], **whole),
         line_chart(named, [_series(records, f"pass_at_{k}") for k in tries], **whole),
     ]

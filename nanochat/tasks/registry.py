@@ -48,8 +48,12 @@ def load_named(
     if found is None:
         raise ConfigError(f"{field}={text}: must be NAME, NAME=PATH and then :SPLIT. For example arithmetic:val.")
     name = found["name"]
+    _check_known(field, name)
     path = found["path"] or (identity if name == "identity" else None)
-    return name, load_task(name, found["split"] or split, TaskFiles(folder=folder, path=path, mirror=mirror))
+    try:
+        return name, load_task(name, found["split"] or split, TaskFiles(folder=folder, path=path, mirror=mirror))
+    except ConfigError as err:
+        raise ConfigError(f"{field}={text}: {err}") from err
 
 
 def with_absolute_path(text: str) -> str:
@@ -66,7 +70,11 @@ def files_of(text: str) -> list[str]:
 
 def load_task(name: str, split: str, files: TaskFiles) -> Task:
     """Return a split of a task. Raises: ConfigError if there is no such task or split, DataError if its files fail."""
+    _check_known("task", name)
+    return LOADERS[name](split, files)
+
+
+def _check_known(field: str, name: str) -> None:
     if name not in LOADERS:
         meant = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, LOADERS, 1))
-        raise ConfigError(f"task={name}: must be one of {', '.join(LOADERS)}.{meant}")
-    return LOADERS[name](split, files)
+        raise ConfigError(f"{field}={name}: must be one of {', '.join(LOADERS)}.{meant}")

@@ -44,7 +44,8 @@ class Learner(Generic[Config]):
         self.config, self.context, self.tokenizer, self.folder = config, run, tokenizer, folder
         self.plan, self.rates = plan, rates
         self.hardware: Hardware = choose_hardware(config, run)
-        self.free_bytes = self.hardware.free_bytes()  # before anything of the plan is allocated
+        share = run.gpu_share if self.hardware.device.type == "cuda" else 1 / run.local_world_size
+        self.free_bytes = int(share * self.hardware.free_bytes())  # before anything of the plan is allocated
         self.model = self._build_model()
         parameters = dict(self.model.named_parameters())
         groups = scaling.parameter_groups(plan.model, list(parameters), rates, plan.lr_factor)

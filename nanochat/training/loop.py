@@ -172,8 +172,7 @@ class TrainingLoop(Learner[Config]):
         size = planning.micro_batch_rows(
             self.config, self.plan, rows=len(rows_BT1), device=self.hardware.device.type,
             dtype_bytes=self.hardware.dtype.itemsize,
-            free_bytes=self.free_bytes // (1 if self.hardware.device.type == "cuda" else self.context.local_world_size),
-            world_size=self.context.world_size,
+            free_bytes=self.free_bytes, world_size=self.context.world_size,
         )  # fmt: skip
         size = self.within_memory_limit(size)
         while True:

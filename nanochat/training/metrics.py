@@ -128,14 +128,14 @@ def _start_wandb(folder: StageFolder, config: dict[str, Any]) -> Any:
         raise ConfigError(f"wandb=True: {err} Run `wandb login`, or set WANDB_MODE=offline.") from err
 
 
-def progress_line(record: dict[str, Any], num_steps: int, val_bpb: float | None) -> str:
-    """Return one line for the terminal from a metrics record with a loss."""
+def progress_line(record: dict[str, Any], num_steps: int, scored: dict[str, Any]) -> str:
+    """Return one line for the terminal from a metrics record with a loss and the newest one with a score, or {}."""
     speed = f"{record['tokens_per_s']:,.0f} tok/s"
     if record["mfu"] is not None:
         speed += f", {record['mfu']:.1%} MFU"
     else:
         speed += f", {record['flops_per_s'] / 1e9:,.0f} GFLOP/s"
-    bpb = f"{val_bpb:.3f}" if val_bpb is not None else "-"
+    bpb = f"{scored['val_bpb']:.3f}" if scored else "-"
     eta_s = round(record["eta_s"])
     return (
         f"step {record['step'] + 1:>5}/{num_steps}  loss {record['loss']:.3f}  val bpb {bpb}  {speed}  "
@@ -143,10 +143,16 @@ def progress_line(record: dict[str, Any], num_steps: int, val_bpb: float | None)
     )
 
 
-def rl_progress_line(record: dict[str, Any], num_steps: int, score: float | None) -> str:
-    """Return one line for the terminal from the record of an update of RL; `score` is of held-out problems."""
+def held_out_text(scored: dict[str, Any]) -> str:
+    """Return the share of held-out problems that are right, beside their mean reward where that says more."""
+    right, reward = scored["held_out_pass_at_1"], scored["held_out_reward"]
+    return f"{right:.1%}" if reward == right else f"{right:.1%} (reward {reward:.3f})"
+
+
+def rl_progress_line(record: dict[str, Any], num_steps: int, scored: dict[str, Any]) -> str:
+    """Return one line for the terminal from the record of an update of RL and the newest one with a score, or {}."""
     eta_s = round(record["eta_s"])
-    held_out = f"{score:.1%}" if score is not None else "-"
+    held_out = held_out_text(scored) if scored else "-"
     most = max((int(name[8:]) for name in record if name.startswith("pass_at_")), default=1)
     return (
         f"step {record['step'] + 1:>5}/{num_steps}  reward {record['reward']:.3f}  "

@@ -115,12 +115,13 @@ def token_weights(config: RLConfig, tokens: Tokens, counts: BatchCounts) -> Tens
     """Return the factor of each token's loss in the batch's, float32 of shape (N,).
 
     token_global: every token of the batch counts alike; sequence_mean: every sequence does; constant: as tokens do, but
-    divided by what sequences could have at most, whatever they have.
+    divided by what a batch could have at most, whatever it has.
     """
     if config.aggregate == "token_global":
         return torch.full_like(tokens.rollout_N, 1 / max(1, counts.tokens))
     if config.aggregate == "constant":
-        return torch.full_like(tokens.rollout_N, 1 / (max(1, counts.sequences) * config.max_new_tokens))
+        most = config.groups_per_step * config.samples_per_group * config.max_new_tokens
+        return torch.full_like(tokens.rollout_N, 1 / most)
     return 1 / (tokens.length_S[tokens.sequence_N] * counts.sequences)
 
 

@@ -69,7 +69,12 @@ def load_practice(config: RLConfig, folder: str) -> tuple[Task, Task]:
     held_out = config.held_out or re.sub(r":\w+$", "", config.task)
     practice = []
     for field, text, split in (("task", config.task, "train"), ("held_out", held_out, "val")):
-        name, task = load_named(field, text, split, folder, config.task_mirror)
+        try:
+            name, task = load_named(field, text, split, folder, config.task_mirror)
+        except ConfigError as err:
+            if field == "held_out" and config.held_out is None:
+                raise ConfigError(f"{err} Or name what is held out with --held-out NAME=PATH:SPLIT.") from err
+            raise
         if name in UNSCORED and config.reward is None:
             raise ConfigError(f"{field}={text}: has no right answers. Give a rule with --reward MODULE:FUNCTION.")
         if not len(task):
@@ -87,10 +92,16 @@ def load_practice(config: RLConfig, folder: str) -> tuple[Task, Task]:
 def resolve_rl(config: RLConfig, base: Checkpoint) -> tuple[Plan, scaling.LearningRates, dict[str, Any]]:
     """Return the plan, the learning rates, and those that are the base checkpoint's.
 
-    The plan's rows and batch factor stay the base model's. Raises: CheckpointError as `inherited_rates`.
+    The plan's rows and batch factor stay the base model's. Raises: CheckpointError as `inherited_rates`; ConfigError
+    if replies could be longer than what the model reads.
     """
     state, rates, inherited = planning.inherited_rates(config, base)
-    before = state["plan"]
+    before, longest = state["plan"], state["model"]["sequence_len"]
+    if config.max_new_tokens >= longest:
+        raise ConfigError(
+            f"max_new_tokens={config.max_new_tokens}: the model reads {longest} tokens, prompt and reply together. "
+            "Lower it."
+        )
     plan = Plan(
         model=ModelConfig(**state["model"]), num_steps=config.num_steps, rows_per_step=before["rows_per_step"],
         lr_factor=before["lr_factor"], weight_decay=0.0, flops_per_token=before["flops_per_token"],
@@ -230,8 +241,7 @@ class PolicyTraining(Learner[RLConfig]):
         rows = planning.micro_batch_rows(
             self.config, self.plan, rows=self.config.groups_per_step * self.config.samples_per_group,
             device=self.hardware.device.type, dtype_bytes=self.hardware.dtype.itemsize,
-            free_bytes=self.free_bytes // (1 if self.hardware.device.type == "cuda" else self.context.local_world_size),
-            world_size=self.context.world_size,
+            free_bytes=self.free_bytes, world_size=self.context.world_size,
         )  # fmt: skip
         return self.within_memory_limit(rows)
 
@@ -269,8 +279,6 @@ class PolicyTraining(Learner[RLConfig]):
             inference_copy(self.model), self.tokenizer, asked, max_new_tokens=self.config.max_new_tokens
         )  # fmt: skip
         rewards = [self.held_out.reward(one, reply.text) for one, reply in zip(asked, replies, strict=True)]
-        if not all(map(math.isfinite, rewards)):
-            raise ConfigError(f"reward={rewards}: must be finite numbers. Mend the reward function.")
         sums = torch.tensor([sum(rewards), sum(reward >= 1 for reward in rewards)], dtype=torch.float64)
         if self.context.world_size > 1:
             sums = sums.float().to(self.hardware.device)

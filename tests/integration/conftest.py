@@ -47,3 +47,31 @@ def tiny_run(tmp_path_factory) -> Path:
     tokenizer.save(folder.tokenizer)
     write_token_shards(ShardsConfig(sequence_len=64), run, corpus, tokenizer, folder.shards)
     return root / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_run, tmp_path_factory) -> Path:
+    """A copy of `tiny_run` with a base model of two steps, trained in this process."""
+    import shutil
+
+    from nanochat.config.pretrain import PretrainConfig
+    from nanochat.data.row_order import RowReader
+    from nanochat.data.token_shards import TokenShards
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.run_context import RunContext
+    from nanochat.storage import RunFolder
+    from nanochat.training.loop import TrainingInputs, local_stream
+    from nanochat.training.pretrain import pretrain
+
+    root = tmp_path_factory.mktemp("base") / "run"
+    shutil.copytree(tiny_run, root)
+    folder = RunFolder(str(root))
+    shards = TokenShards.load(folder.shards)
+    stream = local_stream(RowReader(shards, "train", 0), 8)
+    inputs = TrainingInputs(Tokenizer.load(folder.tokenizer), shards, stream, folder.pretrain)
+    config = PretrainConfig(
+        depth=2, head_dim=16, n_embd=32, window_pattern="L", num_steps=2, global_batch_tokens=8 * 64, warmup_steps=5,
+        dtype="float32", compile="off", evaluate_every=0, sample_every=0, checkpoint_every=0, log_every=1,
+    )  # fmt: skip
+    assert pretrain(config, RunContext(use_gpu=False), inputs) is not None
+    return root

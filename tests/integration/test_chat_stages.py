@@ -6,12 +6,11 @@ import random
 import shutil
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ray import cloudpickle
-from test_pretraining import TINY, assert_same_run, losses, notes_of
+from test_pretraining import assert_same_run, losses, notes_of
 
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.evaluation import EvaluationConfig
@@ -25,22 +24,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny_run, tmp_path_factory) -> Path:
-    """A run directory with a base model of two steps, trained in this process, and a file of short conversations."""
-    from nanochat.data.row_order import RowReader
-    from nanochat.data.token_shards import TokenShards
-    from nanochat.data.tokenizer import Tokenizer
-    from nanochat.training.loop import TrainingInputs, local_stream
-    from nanochat.training.pretrain import pretrain
-
+def run_dir(tiny_base, tmp_path_factory) -> Path:
+    """A run directory with a base model and a file of short conversations."""
     root = tmp_path_factory.mktemp("chat") / "run"
-    shutil.copytree(tiny_run, root)
-    folder = RunFolder(str(root))
-    shards = TokenShards.load(folder.shards)
-    stream = local_stream(RowReader(shards, "train", 0), 8)
-    inputs = TrainingInputs(Tokenizer.load(folder.tokenizer), shards, stream, folder.pretrain)
-    config = replace(TINY, num_steps=2, evaluate_every=0, checkpoint_every=0, log_row_ids=False)
-    assert pretrain(config, RunContext(use_gpu=False), inputs) is not None
+    shutil.copytree(tiny_base, root)
     draw = random.Random(0)
     with open(root / "chats.jsonl", "w") as file:
         for number in range(120):

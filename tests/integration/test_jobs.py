@@ -62,7 +62,7 @@ def test_the_view_shows_each_new_note_once_and_the_newest_record(tmp_path):
     storage.append_jsonl(folder.metrics, record(0))
     storage.append_jsonl(folder.metrics, record(1))
     view.update()
-    assert screen.take() == [("live", progress_line(record(1), 9, 3.25))]
+    assert screen.take() == [("live", progress_line(record(1), 9, {"val_bpb": 3.25}))]
     view.update()
     assert screen.take() == [], "nothing is new"
     storage.append_jsonl(folder.metrics, {"step": 2, "val_bpb": 2.5})
@@ -70,9 +70,9 @@ def test_the_view_shows_each_new_note_once_and_the_newest_record(tmp_path):
     view.update()
     assert screen.take() == [
         ("line", "           a worker group starts at step 2"),
-        ("live", progress_line(record(1), 9, 2.5)),
+        ("live", progress_line(record(1), 9, {"val_bpb": 2.5})),
     ]
-    assert view.score == 2.5
+    assert view.scored["val_bpb"] == 2.5
 
 
 def test_the_view_follows_a_restart_that_drops_records(tmp_path):
@@ -86,8 +86,8 @@ def test_the_view_follows_a_restart_that_drops_records(tmp_path):
     storage.remove(folder.metrics)
     storage.append_jsonl(folder.metrics, record(0))
     view.update()
-    assert screen.take() == [("live", progress_line(record(0), 9, None))]
-    assert view.score is None
+    assert screen.take() == [("live", progress_line(record(0), 9, {}))]
+    assert not view.scored
 
 
 def test_the_view_looks_at_an_object_store_every_ten_seconds(monkeypatch):

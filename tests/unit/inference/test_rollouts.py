@@ -1,7 +1,5 @@
 """What is sampled, how likely it was, and by which policy: whoever samples it, also when weights change under it."""
 
-import math
-
 import pytest
 import torch
 
@@ -151,7 +149,8 @@ def test_every_problem_comes_once_an_epoch_in_an_order_of_its_own():
 def test_rewards_of_ones_own(tmp_path):
     (tmp_path / "my_rewards.py").write_text(
         "def length(conversation, reply):\n    return len(reply)\n\n"
-        "def bad(conversation, reply):\n    return float('inf')\n\nnone = 3\n"
+        "def bad(conversation, reply):\n    return float('inf')\n\nnone = 3\n\n"
+        "def raises(conversation, reply):\n    return {}['key']\n"
     )
     task = with_reward(ListedTask("letters", "train", TASK.conversations), "my_rewards:length", str(tmp_path))
     source = sampler(task)
@@ -162,8 +161,11 @@ def test_rewards_of_ones_own(tmp_path):
         with_reward(task, "my_rewards:absent", str(tmp_path))
     with pytest.raises(ConfigError, match=r"reward=my_rewards:none: is no function"):
         with_reward(task, "my_rewards:none", str(tmp_path))
-    source = sampler(with_reward(task, "my_rewards:bad", str(tmp_path)))
-    source.load(0, packed_weights(policy(0)))
-    with pytest.raises(ConfigError, match=r"reward=inf: must be a finite number, for problem \d+ and the reply"):
-        run(source, [0])
-    assert math.isinf(task.reward(TASK[0], ""))
+    for name, said in (
+        ("bad", r"returned inf, which is no finite number, for the reply '.*'\. Mend the function"),
+        ("raises", r"raised KeyError: 'key' \(.*my_rewards.py:10\) for the reply '"),
+    ):
+        source = sampler(with_reward(task, f"my_rewards:{name}", str(tmp_path)))
+        source.load(0, packed_weights(policy(0)))
+        with pytest.raises(ConfigError, match=f"reward=my_rewards:{name}: {said}"):
+            run(source, [0])

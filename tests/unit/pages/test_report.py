@@ -141,7 +141,8 @@ def test_a_noted_machine_is_shown(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        ("pretrain", "Nothing has been trained in this run yet."),
+        ("", "Nothing has been trained in this run yet."),
+        ("pretrain", "A chat model, made from"),
         ("pretrain/metrics.jsonl", "There is no record in pretrain/metrics.jsonl yet"),
         ("pretrain/samples.jsonl", "No samples have been drawn yet."),
         ("tokenizer/report.json", "There is no tokenizer/report.json: compression has not been compared."),

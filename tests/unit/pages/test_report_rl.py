@@ -51,7 +51,7 @@ def test_charts_draw_every_record():
     pictures = {re.findall("<figcaption>(.*?)</figcaption>", picture)[0]: picture for picture in rl_charts(RL_METRICS)}
     counts = {title: [p.count(",") for p in re.findall(r'points="([^"]*)"', pic)] for title, pic in pictures.items()}
     assert counts == {
-        "Reward, mean of the samples": [3, 3],
+        "Reward, mean of the samples (dots: held-out problems)": [3, 3, 2],
         "Right on held-out problems": [2],
         "pass@k of the samples, upwards k = 1, 2, 4": [3, 3, 3],
         "Length of a completion (tokens)": [3],
@@ -63,6 +63,7 @@ def test_charts_draw_every_record():
         "Learner waits (share of the time; faint: rollouts wait)": [3, 3],
         "Sampled tokens per second": [3],
     }
+    assert "0.75 at step 3" in pictures["Reward, mean of the samples (dots: held-out problems)"]
     assert "75% at step 3" in pictures["Right on held-out problems"]
     assert "0.5 at step 2" in pictures["Staleness (updates; faint: the most)"], "the last line is the mean"
     assert "25% at step 2" in pictures["Learner waits (share of the time; faint: rollouts wait)"]
@@ -75,6 +76,10 @@ def test_rollouts_newest_first_with_what_they_got(run_dir):
     assert "best: reward 1, 37 tokens How many of 7? later yes" in page.text
     assert "worst: reward 0.125, 37 tokens, cut off How many of 7?" in page.text
     assert len([tag for tag, _ in page.tags if tag == "details"]) == 2
+
+
+def test_a_run_that_only_practised_says_from_what(run_dir):
+    assert "A chat model, made from runs/x/step_000002." in Page(read(write_report(run_dir))).text
 
 
 def test_only_a_few_notes_are_shown(run_dir):

@@ -145,9 +145,9 @@ RECORD = {"step": 41, "loss": 3.14159, "tokens_per_s": 12345.6, "flops_per_s": 4
 
 
 def test_the_progress_line():
-    line = progress_line(RECORD | {"mfu": None, "eta_s": 125.4}, 300, None)
+    line = progress_line(RECORD | {"mfu": None, "eta_s": 125.4}, 300, {})
     assert line == "step    42/300  loss 3.142  val bpb -  12,346 tok/s, 456 GFLOP/s  data wait 1.2%  left 2:05"
-    line = progress_line(RECORD | {"mfu": 0.456, "eta_s": 59.6}, 300, 1.98765)
+    line = progress_line(RECORD | {"mfu": 0.456, "eta_s": 59.6}, 300, {"val_bpb": 1.98765})
     assert line == "step    42/300  loss 3.142  val bpb 1.988  12,346 tok/s, 45.6% MFU  data wait 1.2%  left 1:00"
 
 
@@ -157,8 +157,10 @@ def test_the_progress_line_of_an_update_says_how_it_goes():
         "truncated_share": 0.02, "zero_variance_share": 0.3, "staleness": 1.0, "mismatch_kl": 0.0021, "eta_s": 65.4,
         "tokens_per_s": 1357.2, "learner_idle_share": 0.006, "rollout_idle_share": 0.53,
     }  # fmt: skip
-    assert rl_progress_line(record, 12, 0.395) == (
+    assert rl_progress_line(record, 12, {"held_out_pass_at_1": 0.395, "held_out_reward": 0.395}) == (
         "step     5/12  reward 0.261  pass@8 69%  held out 39.5%  49 tokens, 2% cut  alike 30%  stale 1.0  KL 2e-03  "
         "entropy 0.13  1,357 tok/s  idle 1% / 53%  left 1:05"
     )
-    assert "held out -" in rl_progress_line(record, 12, None)
+    assert "held out -" in rl_progress_line(record, 12, {})
+    shares = {"held_out_pass_at_1": 0.0, "held_out_reward": 0.4567}
+    assert "held out 0.0% (reward 0.457)" in rl_progress_line(record, 12, shares)

@@ -158,11 +158,11 @@ def test_the_penalty_by_hand():
 
 
 def test_weights_of_tokens_by_hand():
-    """Three tokens of a sequence and one of another, in a batch of 10 tokens and 4 sequences."""
+    """Three tokens of a sequence and one of another, in a batch of 10 tokens and 4 sequences of the 6 it could have."""
     tokens = Tokens(torch.zeros(4), torch.tensor([0, 0, 0, 1]), torch.tensor([1.0, 1.0]))
-    expected = {"token_global": [0.1] * 4, "sequence_mean": [1 / 12] * 3 + [1 / 4], "constant": [1 / 20] * 4}
+    expected = {"token_global": [0.1] * 4, "sequence_mean": [1 / 12] * 3 + [1 / 4], "constant": [1 / 30] * 4}
     for aggregate, weights in expected.items():
-        config = RLConfig(aggregate=aggregate, max_new_tokens=5)
+        config = RLConfig(aggregate=aggregate, max_new_tokens=5, groups_per_step=3, samples_per_group=2)
         assert token_weights(config, tokens, BatchCounts(10, 4)).tolist() == pytest.approx(weights), aggregate
 
 
@@ -248,7 +248,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_with_current_weights_every_method_has_the_gradient_of_reinforce(method):
-    config = RLConfig(max_new_tokens=7, **METHODS[method])
+    config = RLConfig(max_new_tokens=7, groups_per_step=2, samples_per_group=3, **METHODS[method])
     lengths, advantage = [3, 1, 4], [0.75, -0.25, -0.5]
     ends = [0, 3, 4, 8]
     rollout = [-0.1 * (number + 1) for number in range(8)]
@@ -257,7 +257,7 @@ def test_with_current_weights_every_method_has_the_gradient_of_reinforce(method)
     tokens = Tokens(torch.tensor(rollout), torch.tensor(sequence), torch.tensor(advantage))
     weight_N = token_weights(config, tokens, BatchCounts(tokens=20, sequences=5))
     (token_losses(config, logprob_N, tokens) * weight_N).sum().backward()
-    share = {"token_global": [1 / 20] * 3, "sequence_mean": [1 / 15, 1 / 5, 1 / 20], "constant": [1 / 35] * 3}
+    share = {"token_global": [1 / 20] * 3, "sequence_mean": [1 / 15, 1 / 5, 1 / 20], "constant": [1 / 42] * 3}
     expected = [0.0] * 8
     for (lo, hi), A, weight in zip(pairwise(ends), advantage, share[config.aggregate], strict=True):
         expected[lo:hi] = [-A * weight] * (hi - lo)

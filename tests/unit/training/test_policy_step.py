@@ -116,7 +116,7 @@ def naive(config: RLConfig, batch: Batch):
     for group, sample, advantage, length in kept:
         share = {
             "token_global": 1 / sum(length for *_, length in kept), "sequence_mean": 1 / (len(kept) * length),
-            "constant": 1 / (len(kept) * config.max_new_tokens),
+            "constant": 1 / (config.groups_per_step * config.samples_per_group * config.max_new_tokens),
         }[config.aggregate]  # fmt: skip
         values, entropies = logprobs_of(model, config, group, sample)
         reference = logprobs_of(other, config, group, sample)[0].tolist()

@@ -155,6 +155,7 @@ def test_another_base_is_refused(base, tmp_path, on_one_core):
         ({"reward": "rewards.py"}, "reward=rewards.py: must be MODULE:FUNCTION"),
         ({"clip_high": -0.1, "loss": "ppo_clip"}, "clip_high=-0.1: must be a number from 0 on"),
         ({"clip_high": 0.3}, "clip_low and clip_high: do nothing with loss=reinforce"),
+        ({"clip_low": 1.5, "loss": "cispo"}, "clip_low=1.5: must be at most 1"),
         ({"tis_cap": 0.0}, "tis_cap=0: would weigh all tokens by nothing"),
         ({"first_lr_factor": 2.0}, r"first_lr_factor=2.0: must lie in \[0, 1\]"),
     ],
@@ -182,7 +183,14 @@ def test_rollout_values_that_break_a_rule_are_named(changes):
         ),
         ("arithmetik", None, "task=arithmetik: must be one of .* Did you mean arithmetic"),
         ("arithmetic:", None, "task=arithmetic:: must be NAME, NAME=PATH and then :SPLIT"),
-        ("arithmetic", "arithmetic:nine_steps", "split=nine_steps: arithmetic has train and val"),
+        (
+            "arithmetic",
+            "arithmetic:nine_steps",
+            "held_out=arithmetic:nine_steps: split=nine_steps: arithmetic has",
+        ),
+        ("arithmetic", "messages=FILE", r"held_out=messages=\S*chats.jsonl: split=val: \S* has train alone"),
+        ("messages=FILE:dev", None, r"task=messages=\S*chats.jsonl:dev: split=dev: \S* has train alone"),
+        ("arithmetic:two_stops", None, "task=arithmetic:two_stops: split=two_stops"),
         ("messages=FILE", "arithmetic:val", "task=messages=.*: has no right answers. Give a rule with --reward"),
     ],
 )
@@ -190,9 +198,28 @@ def test_tasks_that_cannot_be_practised_are_named(tmp_path, task, held_out, mess
     (tmp_path / "chats.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
-    config = RLConfig(task=task.replace("FILE", str(tmp_path / "chats.jsonl")), held_out=held_out)
+    path = str(tmp_path / "chats.jsonl")
+    config = RLConfig(task=task.replace("FILE", path), held_out=held_out and held_out.replace("FILE", path))
     with pytest.raises(ConfigError, match=message):
         load_practice(config, str(tmp_path))
+
+
+def test_a_file_of_ones_own_without_held_out_problems_is_told_what_to_name(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    config = RLConfig(task=f"messages={tmp_path}/chats.jsonl", reward="a:b")
+    with pytest.raises(
+        ConfigError, match=r"has train alone.* Or name what is held out with --held-out NAME=PATH:SPLIT"
+    ):
+        load_practice(config, str(tmp_path))
+
+
+def test_replies_longer_than_what_the_model_reads_are_refused(base):
+    longest = base.state["model"]["sequence_len"]
+    resolve_rl(RLConfig(max_new_tokens=longest - 1), base)
+    with pytest.raises(ConfigError, match=rf"max_new_tokens={longest}: the model reads {longest} tokens, prompt and"):
+        resolve_rl(RLConfig(max_new_tokens=longest), base)
 
 
 def test_the_held_out_problems_are_the_tasks_own_val_split(tmp_path):
