@@ -36,7 +36,7 @@ from nanochat.tasks.mixture import MixtureSource, load_mixture, parse_part, with
 from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.tasks.task import Excerpt
 from nanochat.training import plan as planning
-from nanochat.training.checkpoint import STAGES, Checkpoint, named_checkpoint, tokenizer_of
+from nanochat.training.checkpoint import STAGES, Checkpoint, named_checkpoint, problem_with, step_folder, tokenizer_of
 from nanochat.training.metrics import held_out_text, progress_line
 from nanochat.training.sft import resolve_sft
 
@@ -105,7 +105,8 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
             config, plan, cluster, shards, folder.tokenizer, folder.pretrain, watch, pretrain_worker
         )  # fmt: skip
 
-    checkpoint, view = watched(folder.pretrain, plan.num_steps, terminal, train)
+    made_from = {"tokenizer_hash": tokenizer.hash, "manifest_hash": shards.manifest_hash, "stage": {}}
+    checkpoint, view = watched(folder.pretrain, plan.num_steps, terminal, train, made_from)
     terminal.line(f"base model {checkpoint.folder}, validation {view.scored['val_bpb']:.4f} bits per byte")
     return checkpoint
 
@@ -156,7 +157,11 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
         worker = functools.partial(sft_worker, held_out, base)
         return train_on_ray(config, sft.plan, cluster, shards, folder.tokenizer, folder.sft, watch, worker)
 
-    checkpoint, view = watched(folder.sft, sft.plan.num_steps, terminal, train)
+    made_from = {
+        "tokenizer_hash": tokenizer.hash, "manifest_hash": shards.manifest_hash,
+        "stage": {"base_sha256": base.weights_sha256},
+    }  # fmt: skip
+    checkpoint, view = watched(folder.sft, sft.plan.num_steps, terminal, train, made_from)
     terminal.line(f"chat model {checkpoint.folder}, validation {view.scored['val_bpb']:.4f} bits per byte of answers")
     return checkpoint
 
@@ -226,11 +231,21 @@ def watched(
     num_steps: int,
     terminal: Terminal,
     train: Callable[[Callable[[], None]], Checkpoint | None],
+    made_from: Record,
     score: str = "val_bpb",
     line: Callable[[Record, int, Record], str] = progress_line,
 ) -> tuple[Checkpoint, "_MetricsView"]:
-    """Train while the terminal follows; Ctrl-C stops with a checkpoint, which raises KeyboardInterrupt here."""
+    """Train while the terminal follows; Ctrl-C stops with a checkpoint, which raises KeyboardInterrupt here.
+
+    Nothing is started if the last checkpoint is whole and scored, and its state says that it was `made_from` the same.
+    """
     view = _MetricsView(folder, num_steps, terminal, score, line)
+    last = step_folder(folder.checkpoints, num_steps)
+    if view.scored.get("step") == num_steps and problem_with(last) is None:
+        checkpoint = Checkpoint(last)
+        if made_from.items() <= checkpoint.state.items():
+            view.update(at_once=True)
+            return checkpoint, view
 
     def stop() -> None:
         terminal.line("stopping after this step, with a checkpoint; press Ctrl-C again to leave at once")
@@ -259,8 +274,9 @@ class _MetricsView:
     ) -> None:
         self.folder, self.num_steps, self.terminal = folder, num_steps, terminal
         self.of_score, self.line = of_score, line
-        self.scored: Record = {}
-        """The newest record with a score."""
+        records = storage.read_jsonl(folder.metrics)
+        self.scored = self._newest_scored(records)
+        """The newest record with a score, {} = none."""
         self._seen = storage.size_bytes(folder.metrics) if storage.exists(folder.metrics) else 0
         self._notes = len(storage.read_jsonl(folder.notes))
         self._looked_s = 0.0
@@ -282,7 +298,7 @@ class _MetricsView:
             return
         self._seen = size
         records = storage.read_jsonl(self.folder.metrics)
-        self.scored = next((record for record in reversed(records) if self.of_score in record), {})
+        self.scored = self._newest_scored(records)
         steps = [record for record in records if "loss" in record]
         if steps:
             self.terminal.live(self.line(steps[-1], self.num_steps, self.scored))
@@ -290,6 +306,9 @@ class _MetricsView:
             bits = self.scored.get("val_bpb")
             shown = f"held out {held_out_text(self.scored)}" if bits is None else f"validation {bits:.3f} bits per byte"
             self.terminal.live(f"{shown} before training")
+
+    def _newest_scored(self, records: list[Record]) -> Record:
+        return next((record for record in reversed(records) if self.of_score in record), {})
 
 
 def summary(run_dir: str) -> dict[str, Any]:

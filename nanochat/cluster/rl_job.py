@@ -101,8 +101,9 @@ def practise(
     def train(watch: Callable[[], None]) -> Checkpoint | None:
         return run_on_ray(job, config.num_steps, cluster, watch)
 
+    made_from = {"tokenizer_hash": base.state["tokenizer_hash"], "stage": {"base_sha256": base.weights_sha256}}
     checkpoint, view = watched(
-        folder.rl, config.num_steps, terminal, train, score="held_out_pass_at_1", line=rl_progress_line
+        folder.rl, config.num_steps, terminal, train, made_from, score="held_out_pass_at_1", line=rl_progress_line
     )
     right = f", {held_out_text(view.scored)} of held-out problems right" if view.scored else ""
     terminal.line(f"chat model {checkpoint.folder}{right}")

@@ -150,8 +150,8 @@ class TrainingLoop(Learner[Config]):
         if self.saved_step != step:
             self._save(step)
         if step == self.plan.num_steps:
-            self._evaluate(step)
             self._sample(step)
+            self._evaluate(step)  # the score says that all is done
         return self.finish(step)
 
     def _restore(self, step: int) -> None:

@@ -198,6 +198,13 @@ def test_which_models_are_scored_and_as_whom(tmp_path, monkeypatch, names, hf, a
     assert seen[0].config.identity == ("me.toml" if "sft" in asked else None)
 
 
+def test_without_a_name_every_chat_model_is_scored(tmp_path):
+    assert jobs.chat_models(str(tmp_path)) == ("sft",)
+    for name, expected in (("rl", ("rl",)), ("sft", ("sft", "rl"))):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        assert jobs.chat_models(str(tmp_path)) == expected
+
+
 def test_a_damaged_checkpoint_is_passed_over_aloud_and_a_named_one_refused(tmp_path):
     said = []
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
@@ -212,16 +219,43 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_and_a_named_one_refused(tmp_p
         jobs.named_model(str(tmp_path), f"{tmp_path}/sft/checkpoints/step_000004", said.append)
 
 
-def write_checkpoint(folder, is_whole: bool) -> None:
+def write_checkpoint(folder, is_whole: bool, **state) -> None:
     """A checkpoint of one parameter, or one with a flipped bit."""
     writer = CheckpointWriter(str(folder.parent), rank=0, world_size=1, keep=9, attempt="a")
-    writer.save(int(folder.name[5:]), {"w": torch.nn.Parameter(torch.ones(3))}, {}, {})
+    writer.save(int(folder.name[5:]), {"w": torch.nn.Parameter(torch.ones(3))}, {}, state)
     writer.wait()
     if not is_whole:
         file = next(folder.glob("model*.safetensors"))
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("scored_step", "is_whole", "stage", "is_started"),
+    [
+        (4, True, {"base_sha256": "a"}, False),
+        (2, True, {"base_sha256": "a"}, True),
+        (4, False, {"base_sha256": "a"}, True),
+        (4, True, {"base_sha256": "b"}, True),
+    ],
+)
+def test_what_is_done_is_not_started_again(tmp_path, scored_step, is_whole, stage, is_started):
+    folder, screen, started = StageFolder(str(tmp_path)), Screen(), []
+    write_checkpoint(tmp_path / "checkpoints" / "step_000004", is_whole, stage=stage, tokenizer_hash="t", more=1)
+    for line in (record(3), {"step": scored_step, "val_bpb": 2.5}):
+        storage.append_jsonl(folder.metrics, line)
+    made_from = {"tokenizer_hash": "t", "stage": {"base_sha256": "a"}}
+
+    def train(watch):
+        started.append(watch)
+        return Checkpoint(f"{tmp_path}/checkpoints/step_000004")
+
+    checkpoint, view = jobs.watched(folder, 4, screen, train, made_from)
+    assert bool(started) is is_started
+    assert checkpoint.folder.endswith("step_000004")
+    assert view.scored["val_bpb"] == 2.5
+    assert screen.shown == [("live", progress_line(record(3), 4, {"val_bpb": 2.5}))]
 
 
 def test_the_tokenizer_of_a_model_from_elsewhere_is_its_own_runs(tmp_path):
