@@ -161,7 +161,7 @@ def test_a_limit_draws_problems_by_the_seed_and_changes_none(tmp_path):
 @pytest.mark.parametrize(
     ("task", "rule"),
     [
-        ("arithmatic", "task=arithmatic: must be one of .* Did you mean arithmetic"),
+        ("arithmatic", "tasks=arithmatic: must be one of .* Did you mean arithmetic"),
         ("arithmetic:tset", "tset"),
         ("a b", "tasks=a b: must be NAME"),
         ("", "tasks=: must be NAME"),
