@@ -77,7 +77,7 @@ def _run(config: DemoConfig, log_path: str) -> None:
         )  # fmt: skip
         pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
         finetune_chat(config.run_dir, demo_sft(config), cluster, terminal)
-        practice = prepare_practice(config.run_dir, demo_rl(config), terminal.line)
+        practice = prepare_practice(config.run_dir, demo_rl(config), terminal)
         practise(config.run_dir, practice, RolloutsConfig(), cluster, terminal)
         for evaluation in demo_evaluations(config):
             evaluate_models(config.run_dir, evaluation, cluster, terminal)

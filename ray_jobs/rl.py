@@ -32,7 +32,7 @@ def rl(
     def main() -> None:
         terminal = Terminal()
         with storage.claimed(run_dir):
-            practice = prepare_practice(run_dir, config, terminal.line)
+            practice = prepare_practice(run_dir, config, terminal)
             with session(cluster, log_path):
                 practise(run_dir, practice, rollouts, cluster, terminal)
             terminal.line(f"report     {write_report(run_dir)}")

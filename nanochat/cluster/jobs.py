@@ -197,9 +197,12 @@ def evaluate_models(
 
 
 def chat_models(run_dir: str) -> tuple[str, ...]:
-    """Return the stages that have a chat model; sft if there is none."""
+    """Return the run directory's chat models: before reinforcement learning, wherever that began, and after."""
     folder = RunFolder(run_dir)
-    return tuple(name for name in ("sft", "rl") if storage.exists(getattr(folder, name).checkpoints)) or ("sft",)
+    if not storage.exists(folder.rl.checkpoints):
+        return ("sft",)
+    is_here = storage.exists(folder.sft.checkpoints)
+    return ("sft" if is_here else storage.read_json(folder.rl.config)["resolved"]["base"], "rl")
 
 
 def trained_character(run_dir: str) -> str | None:

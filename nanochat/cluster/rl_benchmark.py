@@ -58,7 +58,7 @@ def measure_learning(run_dir: str, seeds: int, num_steps: int, terminal: Termina
         Tokenizer.load(RunFolder(run_dir).tokenizer).save(folder.tokenizer)
         start_s = time.monotonic()
         config = replace(word_problems(num_steps, seed), base=base)
-        practise(folder.root, prepare_practice(folder.root, config, terminal.line), RolloutsConfig(), CLUSTER, terminal)
+        practise(folder.root, prepare_practice(folder.root, config, terminal), RolloutsConfig(), CLUSTER, terminal)
         seconds.append(time.monotonic() - start_s)
         scores = [record for record in storage.read_jsonl(folder.rl.metrics) if "held_out_n" in record]
         before.append(scores[0]["held_out_pass_at_1"])

@@ -44,21 +44,22 @@ class Practice:
     inherited: dict[str, Any]
 
 
-def prepare_practice(run_dir: str, config: RLConfig, note: Callable[[str], None]) -> Practice:
+def prepare_practice(run_dir: str, config: RLConfig, terminal: Terminal) -> Practice:
     """Load and check what is practised; needs no Ray. Raises: what is wrong with it."""
     folder = RunFolder(run_dir)
-    base = Checkpoint(str(named_model(run_dir, config.base or "sft", note).checkpoint))
-    if (of_base := tokenizer_of(run_dir, base.folder)) != folder.tokenizer:
-        Tokenizer.load(of_base).save(folder.tokenizer)
-        note(f"tokenizer  the base model's, from {of_base}")
+    base = Checkpoint(str(named_model(run_dir, config.base or "sft", terminal.line).checkpoint))
     config = replace(
         config, task=with_absolute_path(config.task),
         held_out=None if config.held_out is None else with_absolute_path(config.held_out),
     )  # fmt: skip
     files = practice_files(config)
     check_stage(folder.rl.root, {"rl": config}, files)
-    task, held_out = load_practice(config, folder.tasks)
     plan, _, inherited = resolve_rl(config, base)
+    terminal.live(f"loading {config.task}; what is not here yet is downloaded")
+    task, held_out = load_practice(config, folder.tasks)
+    if (of_base := tokenizer_of(run_dir, base.folder)) != folder.tokenizer:
+        Tokenizer.load(of_base).save(folder.tokenizer)
+        terminal.line(f"tokenizer  the base model's, from {of_base}")
     return Practice(config, base, files, task, held_out, plan, inherited)
 
 
@@ -101,7 +102,8 @@ def practise(
     def train(watch: Callable[[], None]) -> Checkpoint | None:
         return run_on_ray(job, config.num_steps, cluster, watch)
 
-    made_from = {"tokenizer_hash": base.state["tokenizer_hash"], "stage": {"base_sha256": base.weights_sha256}}
+    tokenizer_hash = Tokenizer.load(folder.tokenizer).hash
+    made_from = {"tokenizer_hash": tokenizer_hash, "stage": {"base_sha256": base.weights_sha256}}
     checkpoint, view = watched(
         folder.rl, config.num_steps, terminal, train, made_from, score="held_out_pass_at_1", line=rl_progress_line
     )
@@ -119,7 +121,9 @@ def practice_files(config: RLConfig) -> list[str]:
     """
     files = {file for text in (config.task, config.held_out or config.task) for file in files_of(text)}
     with_reward(ListedTask("", "", []), config.reward, os.getcwd())
-    if config.reward is not None and (module := sys.modules[config.reward.partition(":")[0]].__file__):
+    if config.reward is not None and (
+        module := getattr(sys.modules[config.reward.partition(":")[0]], "__file__", None)
+    ):
         files.add(module)
     return sorted(files)
 
@@ -129,8 +133,8 @@ def share_machines(
 ) -> tuple[int, int, float, bool]:
     """Return how many processes learn, how many sample, the GPUs of each where they share one, and if on GPUs.
 
-    Of several GPUs a quarter learns and the others sample; of one, both have a half; on CPU there is an actor on
-    each core that the learner leaves.
+    Of several GPUs a quarter learns and the others sample; of one, both have a half; of this machine's cores half
+    sample, one actor on each.
     Raises: ClusterError if the cluster cannot hold them.
     """
     have = ray.cluster_resources()
@@ -140,7 +144,9 @@ def share_machines(
     learners = cluster.num_workers or (max(1, gpus // 4) if use_gpu else 1)
     each = rollouts.gpus_per_actor or gpus_each or 1.0
     left = gpus - learners * (gpus_each or 1.0)
-    actors = rollouts.actors or max(1, int(left / each) if use_gpu else physical_cores() - learners)
+    actors = rollouts.actors or max(
+        1, int(left / each) if use_gpu else min(physical_cores() // 2, physical_cores() - learners)
+    )
     check_resources(learners, cluster, use_gpu and not gpus_each, note)
     for kind, needed in (
         ("CPU", learners * cluster.cpus_per_worker + actors * rollouts.cpus_per_actor),

@@ -28,6 +28,7 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError, excerpt
 from nanochat.inference.rollouts import Group, GroupSampler, with_reward
 from nanochat.run_context import RunContext
+from nanochat.tasks.task import Task
 from nanochat.training.hardware import choose_hardware
 from nanochat.training.rl import load_practice
 from nanochat.training.rollout_queue import Batch, RolloutQueue
@@ -52,6 +53,10 @@ class RolloutSpec:
     use_gpu: bool
     processes: int
     """Processes that share the cores of this machine: actors and learners."""
+
+    def judged(self, task: Task) -> Task:
+        """Return the task, judged by the reward that the config names."""
+        return with_reward(task, self.config.reward, self.working_folder, self.rollouts.reward_timeout_s)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class RolloutActor:
         tokenizer = Tokenizer.load(spec.tokenizer_folder)
         run = RunContext(use_gpu=spec.use_gpu, local_world_size=spec.processes)
         hardware = choose_hardware(spec.config, run)
-        task = with_reward(load_practice(spec.config, spec.tasks_folder)[0], spec.config.reward, spec.working_folder)
+        task = spec.judged(load_practice(spec.config, spec.tasks_folder)[0])
         self.sampler = GroupSampler(
             spec.config, tokenizer, task, spec.model, dtype=hardware.dtype, device=hardware.device,
             running=spec.rollouts.running,
@@ -318,8 +323,10 @@ class RolloutPool:
         """Raise ClusterError if no group has come for too long."""
         silent_s = time.monotonic() - self._heard_s
         if silent_s > self.spec.rollouts.timeout_s:
+            begun = sum(actor.begun is None for actor in self._actors)
+            groups = sum(len(actor.work) for actor in self._actors)
             raise ClusterError(
-                f"timeout_s={self.spec.rollouts.timeout_s:g}: no group was sampled for {silent_s:.0f} s by "
-                f"{self.spec.actors} actors ({self.deaths} died before). Look into Ray's log whether they could start; "
-                "ask for fewer --actors, or wait longer."
+                f"timeout_s={self.spec.rollouts.timeout_s:g}: no group was sampled for {silent_s:.0f} s: {begun} of "
+                f"{self.spec.actors} actors have begun and work on {groups} groups ({self.deaths} died before). "
+                + ("Wait longer, or make groups smaller." if groups else "Ask for fewer --actors, or free a node.")
             )

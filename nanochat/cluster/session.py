@@ -8,6 +8,7 @@ training workers; under `ray job submit`, or with an address, it joins the clust
 import contextlib
 import logging
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -53,11 +54,13 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
         logger.setLevel(logging.INFO)
     loggers[0].info("the logs of Ray's processes are in %s/logs", context.address_info["session_dir"])
     ray.data.DataContext.get_current().enable_progress_bars = False
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own ends the process with a C++ trace
     try:
         # Ray prints some of its warnings, and what its nodes say of workers that die.
         with contextlib.redirect_stderr(handler.stream), contextlib.redirect_stdout(handler.stream):
             yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()
         for logger in loggers:
             logger.handlers[:] = []

@@ -1,6 +1,7 @@
 """What a person at the terminal sees of a job: one live line, finished lines, and the end of a failed one."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -58,7 +59,8 @@ def run_job(main: Callable[[], None], log_path: str) -> int:
         sys.stderr.write("\ninterrupted\n")
         return 130
     except Exception as err:  # the process's edge: everything that nobody foresaw
-        sys.stderr.write("\n" + "\n".join(last_lines(err)) + f"\nRay's log: {log_path}\n")
+        log = f"\nRay's log: {log_path}" if os.path.exists(log_path) else ""
+        sys.stderr.write("\n" + "\n".join(last_lines(err)) + f"{log}\n")
         return 1
     return 0
 

@@ -33,12 +33,11 @@ from nanochat.config.training import LearnerConfig, TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError, NanochatError
-from nanochat.inference.rollouts import with_reward
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.tasks.task import Task
 from nanochat.training.checkpoint import Checkpoint, problem_with, step_folder
-from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT
+from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT, physical_cores
 from nanochat.training.loop import TrainingInputs
 from nanochat.training.plan import Plan
 from nanochat.training.pretrain import pretrain
@@ -143,9 +142,11 @@ def rl_worker(rollouts: RolloutSpec, base: Checkpoint, held_out: Task, job: "Tra
     """Learn from rollouts as one worker of a Ray Train group; the first one has the actors."""
     run = worker_context(job)
     assert isinstance(job.config, RLConfig), "the job's stage is reinforcement learning"
-    if not job.use_gpu:  # the cores are the actors', too
-        run = replace(run, local_world_size=rollouts.processes)
-    held_out = with_reward(held_out, job.config.reward, rollouts.working_folder)
+    if not job.use_gpu:  # the learners have the cores that the actors leave
+        cores = physical_cores()
+        left = cores - rollouts.actors * max(1, cores // rollouts.processes)
+        run = replace(run, local_world_size=cores // max(1, left // run.world_size))
+    held_out = rollouts.judged(held_out)
     pool = RolloutPool(rollouts, job.folder.note) if run.rank == 0 else None
     improve(job.config, run, RLInputs(Tokenizer.load(job.tokenizer_folder), base, held_out, pool, job.folder))
 

@@ -12,8 +12,8 @@ class EvaluationConfig:
     """Scores of one or more models, each with n and its standard error."""
 
     models: tuple[str, ...] = ()
-    """Models to score: stages of the run directory (pretrain, sft, rl) or checkpoint folders; none = sft and rl, what
-    there is of them, or hf."""
+    """Models to score: stages of the run directory (pretrain, sft, rl) or checkpoint folders; none = those
+    before and after reinforcement learning, or hf."""
     hf: str | None = None
     """Folder of a local `transformers` model to score as well, on CORE."""
     tasks: tuple[str, ...] = ("arithmetic", "identity", "spelling")

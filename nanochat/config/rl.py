@@ -54,12 +54,12 @@ class RLConfig(LearnerConfig):
     clip_high: Identity[float | None] = None
     """How far above 1 the ratio may be; none = 0.28 for ppo_clip, 4 for cispo, 4e-4 for gspo."""
     tis_cap: Identity[float | None] = 2.0
-    """reinforce: weigh tokens of an older policy by the ratio, at most by this (truncated importance sampling); none =
-    do not. Without staleness the ratio is 1."""
+    """reinforce: weigh tokens by the ratio, at most by this (truncated importance sampling); none = do not. Without
+    staleness it is 1, but for what sampling and learning round differently."""
     kl_beta: Identity[float] = 0.0
     """Weight of the KL penalty that holds on to the model it began from; above 0 that stays in memory, too."""
     dynamic_sampling: Identity[bool] = True
-    """Fill an update with groups whose rewards differ; the others have no gradient."""
+    """Fill an update with groups whose rewards differ; the others, without a gradient but kl_beta's, are left out."""
     max_refill: Identity[float] = 3.0
     """dynamic_sampling: sample at most so many times groups_per_step more; then the update has what there is."""
     mask_truncated: Identity[bool] = False
@@ -121,7 +121,7 @@ class RLConfig(LearnerConfig):
     def bounds(self) -> tuple[float | None, float | None]:
         """The least and the most that the ratio may be, None = unbounded."""
         if self.loss == "reinforce":
-            return None, self.tis_cap if self.max_staleness else None
+            return None, self.tis_cap
         low, high = CLIP[self.loss]
         low = low if self.clip_low is None else self.clip_low
         high = high if self.clip_high is None else self.clip_high
@@ -130,7 +130,8 @@ class RLConfig(LearnerConfig):
     @property
     def most_groups(self) -> int:
         """Groups that are sampled for an update at most."""
-        return int(self.groups_per_step * (1 + self.max_refill)) if self.dynamic_sampling else self.groups_per_step
+        refilled = round(self.groups_per_step * (1 + self.max_refill), 6)  # 100 * 1.15 is a little less than 115
+        return int(refilled) if self.dynamic_sampling else self.groups_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class RolloutsConfig:
     """Who samples; none of it changes what is learned, but for rounding."""
 
     actors: int | None = None
-    """Processes that sample; none = one per GPU, or per core of this machine, that the learner leaves."""
+    """Processes that sample; none = one per GPU that the learner leaves, or for every second core of this machine."""
     cpus_per_actor: float = 0.5
     """Logical CPUs that one reserves."""
     gpus_per_actor: float | None = None
@@ -146,7 +147,12 @@ class RolloutsConfig:
     running: int = 64
     """Completions that one works on at a time."""
     timeout_s: float = 300.0
-    """The run ends with an error if no group of samples has come for so long, or no actor is alive."""
+    """The run ends with an error if no group of samples has come for so long; one reward may take half of it."""
+
+    @property
+    def reward_timeout_s(self) -> float:
+        """How long a reward function may take for one reply."""
+        return self.timeout_s / 2
 
     def __post_init__(self) -> None:
         found = below_least(self, actors=1, running=1)

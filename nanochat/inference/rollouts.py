@@ -7,14 +7,18 @@ sampled: the engine goes on from the tokens that are there, and each token is st
 Source of the idea of going on under new weights: partial rollouts of AReaL, arXiv 2505.24298, section 4.
 """
 
+import contextlib
 import functools
 import importlib
+import inspect
 import math
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -96,10 +100,11 @@ def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset({tokenizer.special("<|assistant_end|>"), tokenizer.bos})
 
 
-def with_reward(task: Task, name: str | None, folder: str) -> Task:
+def with_reward(task: Task, name: str | None, folder: str, most_s: float = math.inf) -> Task:
     """Return the task, judged by the function MODULE:NAME if there is one; `folder` is searched for the module, too.
 
-    Raises: ConfigError if there is no such function.
+    Raises: ConfigError if there is no such function. The task's reward raises one for whatever is wrong with the
+    function, also if it takes longer than `most_s`.
     """
     if name is None:
         return task
@@ -108,32 +113,55 @@ def with_reward(task: Task, name: str | None, folder: str) -> Task:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as err:
+    except (Exception, SystemExit) as err:  # a module may raise whatever it likes
+        where = getattr(sys.modules.get(module), "__file__", None)
         raise ConfigError(
-            f"reward={name}: cannot be imported ({excerpt(err)}). Name MODULE:FUNCTION of a file in the working folder."
+            f"reward={name}: cannot be imported{f' from {where}' if where else ''} ({type(err).__name__}: "
+            f"{excerpt(err)}). Name MODULE:FUNCTION of a file in the working folder."
         ) from err
-    if not callable(found):
-        raise ConfigError(f"reward={name}: is no function. Name one that takes a conversation and a reply.")
-    task.reward = _checked(found, name)  # type: ignore[method-assign]
+    if not callable(found) or not _takes_two(found):
+        raise ConfigError(f"reward={name}: is no function of two. Name one that takes a conversation and a reply.")
+    task.reward = functools.partial(_judge, found, name, most_s)  # type: ignore[method-assign]
     return task
 
 
-def _checked(function: Callable[[Conversation, str], float], name: str) -> Callable[[Conversation, str], float]:
-    """Return somebody's reward function, whose faults are errors that say what it was given."""
-
-    def reward(conversation: Conversation, reply: str) -> float:
-        about = f"for the reply {excerpt(repr(reply))}. Mend the function."
+def _takes_two(function: Callable[..., Any]) -> bool:
+    with contextlib.suppress(ValueError):  # some of C cannot say
         try:
-            value = float(function(conversation, reply))
-        except Exception as err:  # it may raise whatever it likes
-            frame = traceback.extract_tb(err.__traceback__)[-1]
-            raised = f"{type(err).__name__}: {excerpt(err)} ({frame.filename}:{frame.lineno})"
-            raise ConfigError(f"reward={name}: raised {raised} {about}") from err
-        if not math.isfinite(value):
-            raise ConfigError(f"reward={name}: returned {value}, which is no finite number, {about}")
-        return value
+            inspect.signature(function).bind(None, "")
+        except TypeError:
+            return False
+    return True
 
-    return reward
+
+def _judge(function: Callable[..., Any], name: str, most_s: float, conversation: Conversation, reply: str) -> float:
+    """Return what somebody's reward function says; its faults become errors that say what it was given."""
+    outcome: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcome.append(function(conversation, reply))
+        except BaseException as err:  # it may raise whatever it likes; carried to the caller's thread
+            outcome.append(err)
+
+    thread = threading.Thread(target=call, name="reward", daemon=True)
+    thread.start()
+    thread.join(min(most_s, threading.TIMEOUT_MAX))
+    about = f"for the reply {excerpt(repr(reply))}. Mend the function."
+    if not outcome:
+        raise ConfigError(f"reward={name}: has not returned for {most_s:g} s {about}")
+    (value,) = outcome
+    if isinstance(value, BaseException):
+        frame = traceback.extract_tb(value.__traceback__)[-1]
+        raised = f"{type(value).__name__}: {excerpt(value)} ({frame.filename}:{frame.lineno})"
+        raise ConfigError(f"reward={name}: raised {raised} {about}") from value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"reward={name}: returned {excerpt(repr(value))}, which is no finite number, {about}")
+    return number
 
 
 def packed_weights(model: GPT) -> bytes:
@@ -227,7 +255,8 @@ class GroupSampler:
             sample.text = "".join(part.text for part in parts if part.kind == "text")
             sample.shown = shown(parts)
             sample.reward = self.task.reward(unfinished.conversation, sample.text)
-        group.version = min([group.version, *(sample.versions[0] for sample in group.samples if sample.versions)])
+        said = [sample.versions[0] for sample in group.samples if sample.versions]
+        group.version = min(said, default=group.version)
         group.sampled_s = time.monotonic() - unfinished.start_s
         self._finished.append(group)
 

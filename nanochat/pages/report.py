@@ -44,6 +44,7 @@ def write_report(run_dir: str) -> str:
     records = storage.read_jsonl(folder.pretrain.metrics)
     prepared = _read(storage.join(folder.shards, "config.json"))
     trained = _read(folder.pretrain.config)
+    machines = [stage.machine for stage in (folder.pretrain, folder.sft, folder.rl)]
     configs = (prepared, trained, _read(folder.sft.config), _read(folder.rl.config))
     values = {
         "title": storage.name_of(run_dir),
@@ -54,7 +55,7 @@ def write_report(run_dir: str) -> str:
         "data": data_figures(_read(storage.join(folder.shards, MANIFEST)), prepared),
         "compression": _read(storage.join(folder.tokenizer, "report.json")),
         "config": [row for config in configs for row in config_rows(config)],
-        "machine": machine_rows(trained or prepared, _read(folder.pretrain.machine)),
+        "machine": machine_rows(trained or prepared, next(filter(None, map(_read, machines)), {})),
         "starts": [record.get("note", "") for record in storage.read_jsonl(folder.pretrain.notes)],
     }
     values |= chat_values(folder) | rl_values(folder)

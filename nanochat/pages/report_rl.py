@@ -17,7 +17,7 @@ from nanochat.storage import RunFolder
 
 SHOWN_NOTES = 3
 """So many of the newest notes of rollouts are shown."""
-CONFIG = ("base", "task", "held_out", "num_steps", "groups_per_step", "samples_per_group", "max_new_tokens")
+CONFIG = ("base", "task", "reward", "held_out", "num_steps", "groups_per_step", "samples_per_group", "max_new_tokens")
 ROLLOUT = {"which": "", "question": "", "reply": "", "reward": None, "tokens": None, "truncated": False}
 SHARE: dict[str, Any] = {"from_zero": True, "percent": True, "y_max": 0.01}
 CURVES: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (

@@ -18,7 +18,7 @@ from nanochat import storage
 from nanochat.config.sft import SftConfig
 from nanochat.data.conversations import Conversation
 from nanochat.errors import AbsentFileError, ConfigError
-from nanochat.tasks.registry import load_task
+from nanochat.tasks.registry import absolute_path_in, load_task
 from nanochat.tasks.task import Selection, Task, TaskFiles
 
 VALIDATION_SHARE = 20
@@ -94,13 +94,9 @@ def parse_part(text: str, identity: str | None = None) -> MixturePart:
 
 def with_absolute_paths(config: SftConfig) -> SftConfig:
     """Return a config whose paths mean the same in every folder."""
-
-    def absolute(text: str) -> str:
-        path = parse_part(text).path
-        return text if path is None else text.replace(f"={path}", f"={storage.absolute(path)}", 1)
-
+    mixture = tuple(absolute_path_in(text, parse_part(text).path) for text in config.mixture)
     identity = None if config.identity is None else storage.absolute(config.identity)
-    return replace(config, mixture=tuple(map(absolute, config.mixture)), identity=identity)
+    return replace(config, mixture=mixture, identity=identity)
 
 
 class Mixture(Sequence[Conversation]):

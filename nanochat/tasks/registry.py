@@ -59,7 +59,12 @@ def load_named(
 def with_absolute_path(text: str) -> str:
     """Return NAME[=PATH][:SPLIT] with a path that means the same in every folder; what cannot be read stays."""
     found = _NAMED.fullmatch(text)
-    return text if not found or not found["path"] else text.replace(found["path"], storage.absolute(found["path"]), 1)
+    return absolute_path_in(text, found["path"] if found else None)
+
+
+def absolute_path_in(text: str, path: str | None) -> str:
+    """Return a text that has =PATH with it absolute."""
+    return text if path is None else text.replace(f"={path}", f"={storage.absolute(path)}", 1)
 
 
 def files_of(text: str) -> list[str]:

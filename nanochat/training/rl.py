@@ -191,7 +191,7 @@ class PolicyTraining(Learner[RLConfig]):
         stopped = False
         while True:
             if step == self.plan.num_steps and self.rollouts is not None:
-                self.rollouts.close()  # the cores are free to score
+                self.rollouts.close()  # no more samples are needed
             if step in (0, self.plan.num_steps) or self._due(self.config.evaluate_every, step):
                 self._evaluate(step)
             if stopped or step == self.plan.num_steps:
@@ -238,10 +238,13 @@ class PolicyTraining(Learner[RLConfig]):
 
     def _micro_batch_rows(self) -> int:
         """Return rows of the model's whole length that fit into memory; shorter ones stand for as many tokens."""
+        parameters = scaling.parameter_counts(self.plan.model)["total"]
+        reference_bytes = 4 * parameters if self.config.kl_beta > 0 else 0
         rows = planning.micro_batch_rows(
             self.config, self.plan, rows=self.config.groups_per_step * self.config.samples_per_group,
             device=self.hardware.device.type, dtype_bytes=self.hardware.dtype.itemsize,
-            free_bytes=self.free_bytes, world_size=self.context.world_size,
+            free_bytes=self.free_bytes - reference_bytes,
+            world_size=self.context.world_size,
         )  # fmt: skip
         return self.within_memory_limit(rows)
 
@@ -266,7 +269,8 @@ class PolicyTraining(Learner[RLConfig]):
         }  # fmt: skip
         self.metrics.write(record)
         self.metrics.write_groups(step, [group.id for group in batch.groups], [group.id for group in batch.dropped])
-        if self.config.sample_every and step % self.config.sample_every == 0:
+        is_last = step == self.plan.num_steps - 1
+        if self.config.sample_every and (is_last or step % self.config.sample_every == 0):
             self.metrics.write_samples(step, shown_rollouts(batch.sampled))
 
     def _evaluate(self, step: int) -> None:

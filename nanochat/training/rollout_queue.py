@@ -53,6 +53,8 @@ class RolloutQueue:
         self._again: list[int] = []
         self._out: set[int] = set()
         self._done: dict[int, Group] = {}
+        self._unwanted: set[int] = set()
+        """Of those."""
 
     def admit(self) -> int | None:
         """Return a group to sample now, the first of those that may be, or None; it is out until it comes back."""
@@ -60,7 +62,7 @@ class RolloutQueue:
             group = heapq.heappop(self._again)
         else:
             end = min(self.version + self.config.max_staleness + 1, self.config.num_steps)
-            if self._full_batches() >= end - self.next_batch:
+            if not self._lacks_groups(end - self.next_batch):
                 return None
             group, self._next = self._next, self._next + 1
         self._out.add(group)
@@ -70,6 +72,8 @@ class RolloutQueue:
         """Take a group back that was sampled."""
         self._out.remove(group.id)
         self._done[group.id] = group
+        if self.config.dynamic_sampling and max(group.rewards) == min(group.rewards):
+            self._unwanted.add(group.id)
 
     def failed(self, group: int) -> None:
         """Take a group back that was not sampled: it is handed out again."""
@@ -85,7 +89,7 @@ class RolloutQueue:
             if number not in self._done:
                 return None
             group = self._done[number]
-            (groups if self._is_wanted(group) else dropped).append(group)
+            (dropped if number in self._unwanted else groups).append(group)
             number += 1
         stale = [group.id for group in groups if self.next_batch - group.version > self.config.max_staleness]
         if stale:
@@ -97,21 +101,21 @@ class RolloutQueue:
         batch = Batch(self.next_batch, groups, number, dropped)
         for group in batch.sampled:
             del self._done[group.id]
+            self._unwanted.discard(group.id)
         self.next_batch, self.first_group = self.next_batch + 1, number
         return batch
 
-    def _full_batches(self) -> int:
-        """Count the batches that what is handed out makes, if all that is still out turns out to be wanted."""
-        full = wanted = total = 0
+    def _lacks_groups(self, batches: int) -> bool:
+        """Tell if what is handed out makes fewer batches, even if all that is still out turns out to be wanted."""
+        wanted = total = 0
         for number in range(self.first_group, self._next):
+            if batches <= 0:
+                return False
             total += 1
-            wanted += number not in self._done or self._is_wanted(self._done[number])
+            wanted += number not in self._unwanted
             if wanted == self.config.groups_per_step or total == self.config.most_groups:
-                full, wanted, total = full + 1, 0, 0
-        return full
-
-    def _is_wanted(self, group: Group) -> bool:
-        return not self.config.dynamic_sampling or max(group.rewards) != min(group.rewards)
+                batches, wanted, total = batches - 1, 0, 0
+        return batches > 0
 
 
 class RolloutSource(Protocol):

@@ -147,5 +147,5 @@ def test_nobody_who_answers_is_said_in_time(pool_of, monkeypatch):
 
     monkeypatch.setattr(FakeRay, "wait", lambda self, *arguments, **options: silent(*arguments, **options))
     pool, _, _ = pool_of(timeout_s=0.3)
-    with pytest.raises(ClusterError, match=r"timeout_s=0.3: no group was sampled for \d s by 2 actors \(0 died before"):
+    with pytest.raises(ClusterError, match=r"timeout_s=0.3: no group was sampled for \d s: 0 of 2 actors have begun"):
         pool.take()

@@ -201,7 +201,7 @@ def test_fine_tuning_shows_what_it_inherits_and_how_it_went(page):
 
 def test_a_run_without_scores_says_how_to_get_them(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "tiny")
-    for stage in ("sft", "evaluation"):
+    for stage in ("sft", "rl", "evaluation"):
         shutil.rmtree(tmp_path / "tiny" / stage)
     text = Page(read(write_report(str(tmp_path / "tiny")))).text
     assert "Nothing has been scored yet: run ray_jobs/evaluate.py" in text

@@ -130,7 +130,7 @@ def test_what_is_written_down(base, tmp_path, on_one_core):
     assert record["reference_kl"] > 0
     assert record["pass_at_1"] <= record["pass_at_2"] <= record["pass_at_4"]
     samples = read_jsonl(str(tmp_path / "samples.jsonl"))
-    assert [one["step"] for one in samples] == [0, 2, 4]
+    assert [one["step"] for one in samples] == [0, 2, 4, 5]
     best, worst = samples[-1]["samples"]
     assert (best["which"], worst["which"]) == ("best", "worst")
     assert best["reward"] >= worst["reward"]
