@@ -154,7 +154,7 @@ def measure_throughput(run_dir: str, terminal: Terminal) -> dict[str, Any]:
         for name, source in (("", _pool(alone, terminal)), ("_sequential", _taking_turns(alone))):
             found.setdefault(f"rollout_samples_per_s{name}", []).append(_sampled_per_s(source, alone, base))
         for name, worker in workers.items():
-            stage = StageFolder(storage.join(run_dir, "rl_benchmark", f"loop{name}"))
+            stage = StageFolder(storage.join(folder.root, "rl_benchmark", f"loop{name}"))
             storage.remove(stage.root)
             job = TrainJob(
                 config=config, tokenizer_folder=folder.tokenizer, folder=stage, use_gpu=use_gpu, worker=worker,

@@ -178,13 +178,14 @@ def test_the_benchmark_measures_both_ways_and_what_is_learned(tiny, tmp_path, mo
     for name, value in (("ROUNDS", 1), ("ROLLOUT_S", 1.0), ("LOOP_STEPS", 3), ("WARM_UP_STEPS", 1)):
         monkeypatch.setattr(rl_benchmark, name, value)
     screen = Terminal(io.StringIO())
-    found = rl_benchmark.measure_throughput(str(root), screen)
+    monkeypatch.chdir(tmp_path)
+    found = rl_benchmark.measure_throughput("run", screen)
     for what in ("rollout", "rl"):
         ours, theirs = found[f"{what}_samples_per_s"], found[f"{what}_samples_per_s_sequential"]
         assert ours > 0 < theirs
         assert found[f"{what}_ratio"] == pytest.approx(ours / theirs)
     assert found["zero_variance_share"] == 1.0
-    learned = rl_benchmark.measure_learning(str(root), 2, 1, screen)
+    learned = rl_benchmark.measure_learning("run", 2, 1, screen)
     assert learned["rl_pass1_before"] == learned["rl_pass1_after"] == learned["rl_points"] == [0.0, 0.0]
     assert min(learned["rl_seconds"]) > 0
 

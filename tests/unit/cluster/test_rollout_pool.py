@@ -13,7 +13,7 @@ from nanochat.errors import ClusterError
 from nanochat.inference.rollouts import Group, Sample
 
 ray = rollouts.ray
-CONFIG = RLConfig(groups_per_step=2, samples_per_group=2, num_steps=3, max_staleness=0, tis_cap=None)
+CONFIG = RLConfig(groups_per_step=2, samples_per_group=2, num_steps=30, max_staleness=0, tis_cap=None)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -23,12 +23,12 @@ def of_task(cause: Exception) -> ray.exceptions.RayTaskError:
 
 
 class FakeRay:
-    """Actors that answer at once; `outcomes` are errors for the next results that are asked for."""
+    """Actors that answer at once; `outcomes` are errors, or None, for the next results that are asked for."""
 
     exceptions = ray.exceptions
 
     def __init__(self) -> None:
-        self.outcomes: list[Exception] = []
+        self.outcomes: list[Exception | None] = []
         self.results: dict[int, object] = {}
         self.orders: list[list[int]] = []
         """Groups that each actor was given, by the order in which actors were started."""
@@ -64,8 +64,9 @@ class FakeRay:
 
     def get(self, ref):
         result = self.results[ref]
-        if isinstance(result, tuple) and self.outcomes:
-            raise self.outcomes.pop(0)
+        outcome = self.outcomes.pop(0) if isinstance(result, tuple) and self.outcomes else None
+        if outcome is not None:
+            raise outcome
         return result
 
     def kill(self, handle):
@@ -98,15 +99,28 @@ def groups(batch):
     return [group.id for group in batch.groups]
 
 
+def take_all(pool, updates):
+    """Take batches, publishing after each; at S = 0 each group is of the newest policy."""
+    batches = []
+    for version in range(updates):
+        batches.append(pool.take())
+        assert [group.version for group in batches[-1].groups] == [version, version]
+        pool.publish(version + 1, b"more")
+    return [groups(batch) for batch in batches]
+
+
+def test_every_actor_has_work_and_every_group_is_of_the_newest_policy(pool_of):
+    pool, fake, notes = pool_of()
+    assert take_all(pool, 9) == [[2 * number, 2 * number + 1] for number in range(9)]
+    assert min(map(len, fake.orders)) >= 8, "but for the first two groups, one each"
+    assert pool.figures()["resampled"] == 0.0
+    assert not notes
+
+
 def test_results_that_are_lost_with_their_node_are_sampled_again(pool_of):
     lost = ray.exceptions.ObjectLostError("00" * 28, "address", "call site")
     pool, fake, notes = pool_of(lost, ray.exceptions.ActorDiedError())
-    batches = []
-    for version in range(3):
-        batches.append(groups(pool.take()))
-        if version < 2:
-            pool.publish(version + 1, b"more")
-    assert batches == [[0, 1], [2, 3], [4, 5]]
+    assert take_all(pool, 3) == [[0, 1], [2, 3], [4, 5]]
     assert pool.deaths == len(notes) == 2
     assert all("a rollout actor died with groups " in note for note in notes)
     assert len(fake.orders) == 4, "another in the place of each"
@@ -138,6 +152,20 @@ def test_deaths_in_a_row_end_the_run(pool_of):
 def test_a_death_fewer_is_lived_through(pool_of):
     pool, _, _ = pool_of(*[ray.exceptions.ActorDiedError() for _ in range(DEATHS_IN_A_ROW + 1)])
     assert groups(pool.take()) == [0, 1]
+
+
+def test_deaths_with_groups_between_them_never_end_the_run(pool_of):
+    pool, _, _ = pool_of(*[ray.exceptions.ActorDiedError(), None] * 12)
+    assert len(take_all(pool, 15)) == 15
+    assert pool.deaths == 12
+
+
+def test_a_learner_that_took_its_time_is_not_told_of_silence(pool_of):
+    pool, _, _ = pool_of(timeout_s=0.4)
+    pool.take()
+    time.sleep(0.8)
+    pool.publish(1, b"more")
+    assert groups(pool.take()) == [2, 3]
 
 
 def test_nobody_who_answers_is_said_in_time(pool_of, monkeypatch):

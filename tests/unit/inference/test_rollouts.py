@@ -139,6 +139,59 @@ def test_prompts_without_room_and_single_tokens():
     assert [len(sample.tokens) for sample in of_problem[1].samples] == [1] * 4
 
 
+def test_groups_of_one_prompt_draw_by_themselves():
+    source = sampler(ListedTask("one", "train", [exchange("hi", "y")]))
+    source.load(0, packed_weights(policy(0)))
+    groups = run(source, [0, 1, 2, 3])
+    assert len({tuple(sample.tokens) for group in groups.values() for sample in group.samples}) == 16
+
+
+def test_what_the_calculator_said_is_not_judged():
+    """Text between the marks of a call, and of its result, is no part of the reply."""
+    marks = {
+        TOKENIZER.special(f"<|{name}|>"): name.endswith("start")
+        for name in ("python_start", "python_end", "output_start", "output_end")
+    }
+    source = sampler()
+    source.load(0, packed_weights(policy(0)))
+    called = 0
+    for group in run(source, list(range(12))).values():
+        for sample in group.samples:
+            said, is_inside = [[]], False
+            for token in sample.tokens:
+                if token in marks:
+                    is_inside = marks[token]
+                    said.append([])
+                elif not is_inside and token < 256:  # the others are special
+                    said[-1].append(token)
+            if any(sample.is_forced):
+                called += 1
+                assert sample.text == "".join(map(TOKENIZER.decode, said))
+                assert sample.shown != sample.text
+    assert called > 5
+
+
+def test_a_reply_may_fill_what_the_prompt_leaves_and_no_more():
+    source, model = sampler(ListedTask("long", "train", [exchange("x" * 120, "y")]), max_new_tokens=159), policy(0)
+    with torch.no_grad():
+        for name in ("<|python_end|>", "<|assistant_end|>"):
+            model.lm_head.weight[TOKENIZER.special(name)] = -model.lm_head.weight[TOKENIZER.special(name)]
+    source.load(0, packed_weights(model))
+    groups = run(source, list(range(12))).values()
+    filled = [len(group.prompt) + len(sample.tokens) for group in groups for sample in group.samples]
+    assert max(filled) == MODEL.sequence_len
+
+
+def test_a_group_is_as_old_as_its_oldest_token():
+    source = sampler()
+    source.load(3, packed_weights(policy(0)))
+    source.add(0)
+    source.load(9, packed_weights(policy(0)))
+    while not (done := source.step()):
+        pass
+    assert done[0].version == 9, "nothing was said by 3"
+
+
 def test_every_problem_comes_once_an_epoch_in_an_order_of_its_own():
     epochs = [[problem_of(group, 12, seed=3) for group in range(first, first + 12)] for first in (0, 12)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
@@ -150,7 +203,11 @@ def test_rewards_of_ones_own(tmp_path):
     (tmp_path / "my_rewards.py").write_text(
         "def length(conversation, reply):\n    return len(reply)\n\n"
         "def bad(conversation, reply):\n    return float('inf')\n\nnone = 3\n\n"
-        "def raises(conversation, reply):\n    return {}['key']\n"
+        "def raises(conversation, reply):\n    return {}['key']\n\n"
+        "def nothing(conversation, reply):\n    pass\n\n"
+        "def quits(conversation, reply):\n    raise SystemExit('enough')\n\n"
+        "def hangs(conversation, reply):\n    import threading; threading.Event().wait(20)\n\n"
+        "def of_one(reply):\n    return 1.0\n"
     )
     task = with_reward(ListedTask("letters", "train", TASK.conversations), "my_rewards:length", str(tmp_path))
     source = sampler(task)
@@ -159,13 +216,26 @@ def test_rewards_of_ones_own(tmp_path):
         assert sample.reward == len(sample.text)
     with pytest.raises(ConfigError, match=r"reward=my_rewards:absent: cannot be imported"):
         with_reward(task, "my_rewards:absent", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"reward=my_rewards:none: is no function"):
-        with_reward(task, "my_rewards:none", str(tmp_path))
+    for name in ("none", "of_one"):
+        with pytest.raises(ConfigError, match=rf"reward=my_rewards:{name}: is no function of two"):
+            with_reward(task, f"my_rewards:{name}", str(tmp_path))
+    (tmp_path / "unclosed.py").write_text("def f(:\n")
+    (tmp_path / "quitting.py").write_text("raise SystemExit(1)\n")
+    for name, said in (
+        ("unclosed:f", "cannot be imported .SyntaxError: .*unclosed.py, line 1"),
+        ("quitting:f", "cannot be imported .SystemExit"),
+        ("json:f", "cannot be imported from /.*json/__init__.py .AttributeError"),
+    ):
+        with pytest.raises(ConfigError, match=f"reward={name}: {said}"):
+            with_reward(task, name, str(tmp_path))
     for name, said in (
         ("bad", r"returned inf, which is no finite number, for the reply '.*'\. Mend the function"),
         ("raises", r"raised KeyError: 'key' \(.*my_rewards.py:10\) for the reply '"),
+        ("nothing", "returned None, which is no finite number"),
+        ("quits", "raised SystemExit: enough"),
+        ("hangs", "has not returned for 0.2 s for the reply"),
     ):
-        source = sampler(with_reward(task, f"my_rewards:{name}", str(tmp_path)))
+        source = sampler(with_reward(task, f"my_rewards:{name}", str(tmp_path), 0.2))
         source.load(0, packed_weights(policy(0)))
         with pytest.raises(ConfigError, match=f"reward=my_rewards:{name}: {said}"):
             run(source, [0])

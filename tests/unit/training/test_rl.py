@@ -5,18 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_sft import TOKENIZER, prepare_base
 
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.conversations import exchange
 from nanochat.errors import CheckpointError, ConfigError
-from nanochat.inference.rollouts import GroupSampler
+from nanochat.inference.rollouts import Group, GroupSampler, Sample
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder, read_jsonl
 from nanochat.tasks.task import ListedTask
 from nanochat.training.checkpoint import Checkpoint, step_folder
-from nanochat.training.rl import RLInputs, improve, load_practice, resolve_rl
-from nanochat.training.rollout_queue import LocalRollouts
+from nanochat.training.policy_step import PolicyStep
+from nanochat.training.rl import RLInputs, improve, load_practice, resolve_rl, rollout_figures
+from nanochat.training.rollout_queue import Batch, LocalRollouts
 
 
 class Letters(ListedTask):
@@ -136,6 +138,83 @@ def test_what_is_written_down(base, tmp_path, on_one_core):
     assert best["reward"] >= worst["reward"]
 
 
+def test_figures_of_a_batch_by_hand():
+    """Two groups to train on and one that was dropped; four samples each."""
+
+    def group(number: int, rewards: list[float], version: int, truncated: int, tokens: int) -> Group:
+        samples = [
+            Sample(
+                [1] * tokens, [False] * tokens, [0.0] * tokens, [version] * tokens,
+                "length" if place < truncated else "stop", reward=reward,
+            )
+            for place, reward in enumerate(rewards)
+        ]  # fmt: skip
+        return Group(number, 0, "", (1,), version, samples, sampled_s=float(number))
+
+    batch = Batch(
+        5, [group(0, [1.0, 0.0, 0.0, 0.0], 5, 1, 3), group(1, [1.0, 1.0, 0.5, 2.0], 3, 0, 5)], 3,
+        [group(2, [0.0, 0.0, 0.0, 0.0], 4, 2, 10)],
+    )  # fmt: skip
+    assert rollout_figures(batch) == pytest.approx({
+        "reward": 5.5 / 12, "completion_tokens": 6.0, "truncated_share": 3 / 12, "zero_variance_share": 1 / 3,
+        "staleness": 1.0, "staleness_max": 2.0, "sampled_s": 1.0,
+        "pass_at_1": (1 / 4 + 3 / 4 + 0) / 3, "pass_at_2": (1 / 2 + 1 + 0) / 3, "pass_at_4": (1 + 1 + 0) / 3,
+    })  # fmt: skip
+    assert rollout_figures(Batch(0, [], 0, [])) == {}
+
+
+def test_the_learning_rate_falls_to_zero_from_where_it_is_told_to(base, tmp_path, on_one_core):
+    options = {"num_steps": 4, "evaluate_every": 0, "held_out_problems": 0, "first_lr_factor": 0.4}
+    for fraction, expected in ((1.0, [0.4, 0.3, 0.2, 0.1]), (0.5, [0.4, 0.4, 0.4, 0.2])):
+        folder = tmp_path / str(fraction)
+        assert practise(base, folder, warmdown_fraction=fraction, **options) is not None
+        assert [record["lr_factor"] for record in records(folder, "lr_factor")] == pytest.approx(expected)
+
+
+def test_it_begins_with_the_moments_of_the_base_or_with_none(base, tmp_path, on_one_core):
+    """A first update at a learning rate of 0 moves the moments alone."""
+    moments = {}
+    for is_warm in (True, False):
+        end = practise(
+            base, tmp_path / str(is_warm), num_steps=1, held_out_problems=0, warm_start=is_warm, first_lr_factor=0.0
+        )
+        assert end is not None
+        assert end.state["updates"] == 1 + (base.state["updates"] if is_warm else 0)
+        moments[is_warm] = tensors_of(end)
+    before = tensors_of(base)
+    name = next(name for name in before if "lm_head" in name and before[name].abs().max() > 0)
+    kept, fresh = (moments[is_warm][name] for is_warm in (True, False))
+    assert (kept - fresh).abs().max() > 0.1 * before[name].abs().max(), "what the base had is there still"
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All of its optimiser's state."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(checkpoint.folder).glob("optimizer*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def test_the_penalty_holds_on_to_the_base(base, tmp_path, on_one_core):
+    """Before the first update there is nothing between the two; then there is more and more."""
+    assert practise(base, tmp_path, kl_beta=0.01, first_lr_factor=1.0, warm_start=False) is not None
+    distances = [record["reference_kl"] for record in records(tmp_path, "reference_kl")]
+    assert distances[0] == pytest.approx(0.0, abs=1e-9)
+    assert distances[-1] > max(1e-5, distances[1])
+
+
+def test_without_memory_the_next_start_takes_less_at_once(base, tmp_path, on_one_core, monkeypatch):
+    def lacks_memory(self, batch, schedule):
+        raise torch.OutOfMemoryError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyStep, "run", lacks_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            practise(base, tmp_path)
+    assert any("out of memory with 16 rows" in record["note"] for record in read_jsonl(str(tmp_path / "notes.jsonl")))
+    assert practise(base, tmp_path) is not None
+
+
 def test_another_base_is_refused(base, tmp_path, on_one_core):
     assert practise(base, tmp_path / "run") is not None
     other = tmp_path / "other"
@@ -181,6 +260,7 @@ def test_rollout_values_that_break_a_rule_are_named(changes):
             "arithmetic:two_step",
             "task=arithmetic:two_step_test: test splits are for scores",
         ),
+        ("spelling:test", "spelling:val", "task=spelling:test: test splits are for scores alone"),
         ("arithmetik", None, "task=arithmetik: must be one of .* Did you mean arithmetic"),
         ("arithmetic:", None, "task=arithmetic:: must be NAME, NAME=PATH and then :SPLIT"),
         (

@@ -31,6 +31,11 @@ def admitted(queue: RolloutQueue) -> list[int]:
     return list(islice(iter(queue.admit, None), 100))
 
 
+def test_nothing_is_admitted_beyond_the_last_update():
+    queue = RolloutQueue(RLConfig(groups_per_step=2, max_staleness=9, num_steps=3, dynamic_sampling=False), 0, 0)
+    assert admitted(queue) == [0, 1, 2, 3, 4, 5]
+
+
 @dataclass
 class World:
     """A learner and samplers around a queue; in every moment a random one of them acts."""
