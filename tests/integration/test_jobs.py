@@ -200,7 +200,8 @@ def test_which_models_are_scored_and_as_whom(tmp_path, monkeypatch, names, hf, a
 
 def test_without_a_name_every_chat_model_is_scored(tmp_path):
     assert jobs.chat_models(str(tmp_path)) == ("sft",)
-    for name, expected in (("rl", ("rl",)), ("sft", ("sft", "rl"))):
+    storage.write_json(f"{tmp_path}/rl/config.json", {"resolved": {"base": "elsewhere/sft/checkpoints/step_000002"}})
+    for name, expected in (("rl", ("elsewhere/sft/checkpoints/step_000002", "rl")), ("sft", ("sft", "rl"))):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         assert jobs.chat_models(str(tmp_path)) == expected
 
