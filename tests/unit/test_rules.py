@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -209,3 +210,9 @@ def test_every_config_is_a_frozen_dataclass_with_keywords_only():
                 assert dataclasses.is_dataclass(value), value
                 assert value.__dataclass_params__.frozen, value
                 assert all(field.kw_only for field in dataclasses.fields(value)), value
+
+
+def test_no_two_tests_have_one_name():
+    """Those of all folders are collected at once."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
