@@ -136,13 +136,13 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 def _judge(function: Callable[..., Any], name: str, most_s: float, conversation: Conversation, reply: str) -> float:
     """Return what somebody's reward function says; its faults become errors that say what it was given."""
-    outcome: list[Any] = []
+    outcome: list[tuple[Any, BaseException | None]] = []
 
     def call() -> None:
         try:
-            outcome.append(function(conversation, reply))
+            outcome.append((function(conversation, reply), None))
         except BaseException as err:  # it may raise whatever it likes; carried to the caller's thread
-            outcome.append(err)
+            outcome.append((None, err))
 
     thread = threading.Thread(target=call, name="reward", daemon=True)
     thread.start()
@@ -150,11 +150,11 @@ def _judge(function: Callable[..., Any], name: str, most_s: float, conversation:
     about = f"for the reply {excerpt(repr(reply))}. Mend the function."
     if not outcome:
         raise ConfigError(f"reward={name}: has not returned for {most_s:g} s {about}")
-    (value,) = outcome
-    if isinstance(value, BaseException):
-        frame = traceback.extract_tb(value.__traceback__)[-1]
-        raised = f"{type(value).__name__}: {excerpt(value)} ({frame.filename}:{frame.lineno})"
-        raise ConfigError(f"reward={name}: raised {raised} {about}") from value
+    ((value, err),) = outcome
+    if err is not None:
+        frame = traceback.extract_tb(err.__traceback__)[-1]
+        raised = f"{type(err).__name__}: {excerpt(err)} ({frame.filename}:{frame.lineno})"
+        raise ConfigError(f"reward={name}: raised {raised} {about}") from err
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -205,6 +205,7 @@ def test_rewards_of_ones_own(tmp_path):
         "def bad(conversation, reply):\n    return float('inf')\n\nnone = 3\n\n"
         "def raises(conversation, reply):\n    return {}['key']\n\n"
         "def nothing(conversation, reply):\n    pass\n\n"
+        "def error(conversation, reply):\n    return ValueError('x')\n\n"
         "def quits(conversation, reply):\n    raise SystemExit('enough')\n\n"
         "def hangs(conversation, reply):\n    import threading; threading.Event().wait(20)\n\n"
         "def of_one(reply):\n    return 1.0\n"
@@ -232,6 +233,7 @@ def test_rewards_of_ones_own(tmp_path):
         ("bad", r"returned inf, which is no finite number, for the reply '.*'\. Mend the function"),
         ("raises", r"raised KeyError: 'key' \(.*my_rewards.py:10\) for the reply '"),
         ("nothing", "returned None, which is no finite number"),
+        ("error", "returned ValueError.* which is no finite number"),
         ("quits", "raised SystemExit: enough"),
         ("hangs", "has not returned for 0.2 s for the reply"),
     ):
