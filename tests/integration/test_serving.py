@@ -263,7 +263,10 @@ def test_the_config_file_is_served(tmp_path):
     environment |= {"PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"}
     command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
     with open(tmp_path / "log", "w") as log:
-        job = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        job = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"
         wait_until_ready(address)
