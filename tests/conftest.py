@@ -18,6 +18,16 @@ def one_torch_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The processor, and the GPU where there is one."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real data that NANOCHAT_TEST_DATA names."""

@@ -134,7 +134,7 @@ class Mixture(Sequence[Conversation]):
         self._places = _places([len(task) for task in kept], source)
         draws = np.random.PCG64(np.random.SeedSequence([source.config.seed, 1])).random_raw(2 * len(self._places))
         goes_on = draws[::2] < source.config.joined * 2.0**64
-        self._next = np.where(goes_on, draws[1::2] % len(self._places), -1).astype(np.int64)
+        self._next = np.where(goes_on, (draws[1::2] % len(self._places)).astype(np.int64), -1)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -34,10 +34,10 @@ def random_model(seed: int = 0) -> GPT:
 
 def slowly(model: GPT, prompt: list[int], max_new_tokens: int) -> list[int]:
     """Take the likeliest token again and again, the whole row through the model each time."""
-    tokens = list(prompt)
+    tokens, device = list(prompt), model.lm_head.weight.device
     for _ in range(max_new_tokens):
         with torch.no_grad():
-            tokens.append(int(model.logits(model(torch.tensor([tokens])))[0, -1].argmax()))
+            tokens.append(int(model.logits(model(torch.tensor([tokens], device=device)))[0, -1].argmax()))
         if tokens[-1] == STOP:
             break
     return tokens[len(prompt) :]
@@ -52,10 +52,10 @@ PROMPTS = [[5], [7, 3, 9, 11, 2], [1, 2, 3], [30, 31, 32, 33, 34, 35, 36, 37, 38
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8, 32])
-def test_each_request_is_completed_as_it_would_be_by_itself(slots):
+def test_each_request_is_completed_as_it_would_be_by_itself(slots, device):
     lengths = set()
     for seed in (1, 2):
-        model = random_model(seed)
+        model = random_model(seed).to(device)
         expected = [slowly(model, prompt, 24) for prompt in PROMPTS]
         completions = complete(Engine(model, max_running=slots), [request(prompt) for prompt in PROMPTS])
         assert [one.tokens for one in completions] == expected

@@ -32,11 +32,11 @@ def policy(seed: int) -> GPT:
     return model
 
 
-def sampler(task=TASK, running: int = 16, **changes) -> GroupSampler:
+def sampler(task=TASK, running: int = 16, device: str | torch.device = "cpu", **changes) -> GroupSampler:
     fields = {"task": "gsm8k", "samples_per_group": 4, "max_new_tokens": 60, "temperature": 0.8, "dtype": "float32"}
     config = RLConfig(**(fields | changes))
     return GroupSampler(
-        config, TOKENIZER, task, MODEL, dtype=torch.float32, device=torch.device("cpu"), running=running
+        config, TOKENIZER, task, MODEL, dtype=torch.float32, device=torch.device(device), running=running
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def recomputed(model: GPT, group: Group, temperature: float) -> list[list[float]
     """Return each token's log probability by a forward over the whole row, as the learner has it."""
     found = []
     for sample in group.samples:
-        row = torch.tensor([[*group.prompt, *sample.tokens]])
+        row = torch.tensor([[*group.prompt, *sample.tokens]], device=model.lm_head.weight.device)
         with torch.no_grad():
             hidden_TC = model(row[:, :-1])[0, len(group.prompt) - 1 :]
             logprob_T, _ = token_logprobs(
@@ -64,9 +64,9 @@ def recomputed(model: GPT, group: Group, temperature: float) -> list[list[float]
     return found
 
 
-def test_sampled_log_probabilities_are_those_that_the_learner_computes():
+def test_sampled_log_probabilities_are_those_that_the_learner_computes(device):
     """Within 1e-5 in float32; what the calculator said has none."""
-    model, source = policy(0), sampler()
+    model, source = policy(0).to(device), sampler(device=device)
     source.load(0, packed_weights(model))
     groups = run(source, list(range(12))).values()
     forced = ended = 0

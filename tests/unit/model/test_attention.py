@@ -184,4 +184,5 @@ def test_flash_equals_blocked(window, document_tokens, H, G, D):
         (y * weight).sum().backward()
         results.append([y, *(x.grad for x in inputs)])
     for flash, blocked in zip(*results):
-        assert (flash - blocked).float().norm() < 0.02 * blocked.float().norm()
+        # where a query sees itself alone, the gradients of q and k are 0, and FlashAttention's rounding
+        assert (flash - blocked).float().norm() < 0.02 * blocked.float().norm() + 1e-3

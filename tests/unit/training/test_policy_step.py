@@ -77,19 +77,19 @@ def random_batch(seed: int, groups: int = 4, samples: int = 3) -> Batch:
     return batch
 
 
-def gradient(config: RLConfig, batch: Batch, most_tokens: int = 200, model=None):
+def gradient(config: RLConfig, batch: Batch, most_tokens: int = 200, model=None, device="cpu"):
     """Gradients by name, as one float64 vector, and figures of one step that updates nothing."""
-    model = model_of() if model is None else model
+    model = model_of().to(device) if model is None else model
     optimizer = SimpleNamespace(rank=0, world_size=1, reduce_in_backward=lambda: None, step=lambda schedule: None)
     step = PolicyStep(
-        config, model, optimizer, banned=BANNED, most_tokens=most_tokens, reference=lambda: model_of(5)
+        config, model, optimizer, banned=BANNED, most_tokens=most_tokens, reference=lambda: model_of(5).to(device)
     )  # fmt: skip
     figures = step.run(batch, SCHEDULE)
     return flat({name: parameter.grad for name, parameter in model.named_parameters()}), figures
 
 
 def flat(gradients) -> torch.Tensor:
-    return torch.cat([gradients[name].double().flatten() for name in sorted(gradients)])
+    return torch.cat([gradients[name].double().flatten().cpu() for name in sorted(gradients)])
 
 
 def logprobs_of(model, config: RLConfig, group: Group, sample: Sample):
@@ -157,11 +157,11 @@ def difference(computed: torch.Tensor, expected: torch.Tensor) -> float:
     ids=str,
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_gradient_is_reinforce_by_hand(changes, tolerance, seed):
+def test_the_gradient_is_reinforce_by_hand(changes, tolerance, seed, device):
     config = RLConfig(**(PLAIN | changes))
     batch = random_batch(seed)
     expected, expected_figures = naive(config, batch)
-    computed, figures = gradient(config, batch)
+    computed, figures = gradient(config, batch, device=device)
     assert difference(computed, expected) < tolerance
     assert figures.pop("learner_positions") > figures["trained_tokens"]
     assert figures == pytest.approx(expected_figures, rel=1e-5, abs=1e-6)
