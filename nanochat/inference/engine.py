@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from nanochat.errors import ConfigError
+from nanochat.inference.decoding_graphs import DecodingGraphs
 from nanochat.inference.page_pool import ROOT, PagePool
 from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pages_for
 from nanochat.inference.sampling import Likelihood, Sampling, Seen, likelihoods, move_logits, sample_tokens, uniform
@@ -133,6 +134,7 @@ class Engine:
         self.capacity = min(longest, pages * PAGE_TOKENS)
         self.cache = PagedKVCache(model.config, pages + 1, model.compute_dtype, self.device)
         self.pool = PagePool(pages + 1, PAGE_TOKENS)
+        self.graphs = DecodingGraphs(model, self.cache) if self.device.type == "cuda" else None
         self.preemptions = self.queried_tokens = self.found_tokens = 0
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
@@ -201,16 +203,7 @@ class Engine:
         scheduled = self._schedule()
         if not scheduled:
             return []
-        batch = self.cache.batch(
-            [
-                Chunk(
-                    sequence.tokens[sequence.computed : sequence.computed + count], sequence.computed,
-                    sequence.tokens[sequence.computed - 1] if sequence.computed else -1, sequence.pages,
-                )
-                for sequence, count in scheduled
-            ]
-        )  # fmt: skip
-        hidden_NC = self.model(batch.tokens_BT, cache=batch)[0]
+        hidden_NC = self._forward(scheduled)
         ready: list[_Sequence] = []
         rows: list[int] = []
         end = 0
@@ -227,20 +220,35 @@ class Engine:
             return []
         return self._sample(ready, hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows])
 
+    def _forward(self, scheduled: list[tuple[_Sequence, int]]) -> torch.Tensor:
+        """Return the hidden states of what a step computes, hidden_NC, sequence by sequence."""
+        chunks = [
+            Chunk(
+                sequence.tokens[sequence.computed : sequence.computed + count], sequence.computed,
+                sequence.tokens[sequence.computed - 1] if sequence.computed else -1, sequence.pages,
+            )
+            for sequence, count in scheduled
+        ]  # fmt: skip
+        if self.graphs is not None and len(chunks) == sum(count for _, count in scheduled):
+            return self.graphs.run(chunks)
+        batch = self.cache.batch(chunks)
+        return self.model(batch.tokens_BT, cache=batch)[0]
+
     def _leave_parked(self) -> None:
         """Give up the pages of who has not come back."""
         for parked in self._parked:
             self.pool.release(parked.pages)
         self._parked = []
 
-    def replace_model(self, model: GPT) -> None:
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Go on with other weights: what is cached is forgotten, and what runs is computed again from its tokens."""
         self._leave_parked()
         for sequence in reversed(list(self._running)):
             self._end(sequence)
             self._waiting.appendleft(sequence)
         self.pool = PagePool(self.pool.pages + 1, PAGE_TOKENS)
-        self.model = model
+        self.model.load_state_dict(weights)  # in place: graphs know where they lie
+        self.model.prepare_for_inference()
 
     def _schedule(self) -> list[tuple[_Sequence, int]]:
         """Choose what the step computes, and give it pages: first who decodes, then who has begun, then who waits."""

@@ -47,6 +47,7 @@ class PagedKVCache:
     def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         """Allocate zeros for `pages` pages; `dtype` is the model's compute dtype."""
         self.config, self.device = config, torch.device(device)
+        self.windows = sorted(set(config.windows))
         # Heads before pages: what a product of attention reads is gathered in one piece.
         shape = (config.n_layer, config.n_kv_head, pages, PAGE_TOKENS, config.head_dim)
         self.k_LGPSD = torch.zeros(shape, dtype=dtype, device=device)
@@ -58,9 +59,12 @@ class PagedKVCache:
         for cached in (self.k_LGPSD, self.v_LGPSD):
             cached.index_copy_(2, target_P, cached.index_select(2, source_P))
 
-    def batch(self, chunks: Sequence[Chunk]) -> "FlatBatch":
-        """Return a step's tokens as the cache of the model's forward, which writes them into their pages."""
-        return FlatBatch(self, chunks)
+    def batch(self, chunks: Sequence[Chunk], *, rounded: bool = False) -> "FlatBatch":
+        """Return a step's tokens as the cache of the model's forward, which writes them into their pages.
+
+        `rounded` looks at a power of two of pages: few shapes.
+        """
+        return FlatBatch(self, chunks, rounded)
 
 
 @dataclass
@@ -75,14 +79,33 @@ class _Group:
     row_BT: Tensor | None = None
     """Rows of the flat batch, those of padding repeated; None if the group is the whole batch, unpadded."""
     real_BT: Tensor | None = None
-    views: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By window: the table of the pages that are seen, flat, and what is added to the scores."""
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By window: the first page that a chunk sees (B,), and the table of the pages that are seen, flat."""
+    biases: dict[int, Tensor] = field(default_factory=dict)
+    """By window: what is added to the scores, (B, T, S)."""
+
+    def pages_seen(self, window: int, rounded: bool) -> tuple[list[int], list[int]]:
+        """Return each chunk's first page within a window, and all their tables, padded to the longest."""
+        firsts = [max(0, chunk.start - window) // PAGE_TOKENS for chunk in self.chunks]
+        ends = [pages_for(chunk.start + len(chunk.tokens)) for chunk in self.chunks]
+        count = max(end - first for first, end in zip(firsts, ends))
+        if rounded:
+            count = power_of_two(count)
+        table: list[int] = []
+        for chunk, first, end in zip(self.chunks, firsts, ends):
+            table += [*chunk.pages[first:end], *[0] * (count - end + first)]
+        return firsts, table
+
+
+def power_of_two(count: int) -> int:
+    """Return the least power of two that is not below a count."""
+    return 1 << (count - 1).bit_length()
 
 
 class FlatBatch:
-    """A step's tokens, (1, N): a `Cache` of the model."""
+    """A step's tokens, (1, N): a `Cache` of the model. What it is made of is in one tensor, `numbers`."""
 
-    def __init__(self, cache: PagedKVCache, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, cache: PagedKVCache, chunks: Sequence[Chunk], rounded: bool) -> None:
         self.cache = cache
         columns: list[tuple[int, int, int, int]] = []
         groups: dict[tuple[bool, int], _Group] = {}
@@ -96,11 +119,24 @@ class FlatBatch:
             for place, (token, previous) in enumerate(zip(chunk.tokens, before), start=chunk.start):
                 slot = chunk.pages[place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS
                 columns.append((token, place, previous, slot))
-        made = torch.tensor(columns, device=cache.device).T.contiguous()
-        self.tokens_BT, self.position_BT, self.previous_BT, self._slot_N = made[:1], made[1:2], made[2:3], made[3]
         self._groups = list(groups.values())
+        parts = [list(column) for column in zip(*columns)]
+        looks_back = [(group, window) for group in self._groups if not group.is_fresh for window in cache.windows]
+        for group, window in looks_back:
+            parts += group.pages_seen(window, rounded)
+        self.sizes = tuple(len(part) for part in parts)
+        self.numbers = torch.tensor([number for part in parts for number in part], device=cache.device)
+        token_N, place_N, previous_N, self._slot_N, *tables = self.numbers.split(self.sizes)
+        self.tokens_BT, self.position_BT, self.previous_BT = token_N[None], place_N[None], previous_N[None]
+        for (group, window), first_B, table_P in zip(looks_back, tables[::2], tables[1::2], strict=True):
+            group.seen[window] = (first_B, table_P)
         for group in self._groups:
             self._pad(group, len(columns))
+
+    def forget_biases(self) -> None:
+        """Compute them anew in the next forward."""
+        for group in self._groups:
+            group.biases = {}
 
     def attend(self, layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
         """Store the step's keys and values, and return what its queries see of their sequences, y_BTHD."""
@@ -121,7 +157,7 @@ class FlatBatch:
 
     def _look_back(self, group: _Group, layer: int, q_BTHD: Tensor, window: int) -> Tensor:
         """Attend to what the chunks' pages hold; scores and softmax are float32."""
-        table_P, bias_BTS = self._view(group, window)
+        table_P, bias_BTS = group.seen[window][1], self._bias(group, window)
         B, T, H, D = q_BTHD.shape
         G = self.cache.config.n_kv_head
         R = H // G
@@ -144,23 +180,14 @@ class FlatBatch:
         group.real_BT = place_T < length_B1
         group.row_BT = torch.tensor(group.firsts, device=device)[:, None] + torch.minimum(place_T, length_B1 - 1)
 
-    def _view(self, group: _Group, window: int) -> tuple[Tensor, Tensor]:
-        """Return the pages that a group sees through a window, and 0 or minus infinity for each query and key."""
-        if window not in group.views:
-            firsts = [max(0, chunk.start - window) // PAGE_TOKENS for chunk in group.chunks]
-            ends = [pages_for(chunk.start + len(chunk.tokens)) for chunk in group.chunks]
-            count = max(end - first for first, end in zip(firsts, ends))
-            table = [
-                [*chunk.pages[first:end], *[0] * (count - end + first)]
-                for chunk, first, end in zip(group.chunks, firsts, ends)
-            ]
-            device = self.cache.device
-            starts = torch.tensor([chunk.start for chunk in group.chunks], device=device)
-            query_BT = starts[:, None] + torch.arange(group.width, device=device)
-            slot_S = torch.arange(count * PAGE_TOKENS, device=device)
-            key_BS = torch.tensor(firsts, device=device)[:, None] * PAGE_TOKENS + slot_S
-            distance = query_BT[:, :, None] - key_BS[:, None]
-            bias = torch.zeros(distance.shape, device=device)
-            bias.masked_fill_((distance < 0) | (distance > window), float("-inf"))
-            group.views[window] = (torch.tensor(table, device=device).flatten(), bias)
-        return group.views[window]
+    def _bias(self, group: _Group, window: int) -> Tensor:
+        """Return 0 for each query and key that it sees, and minus infinity for the others."""
+        if window not in group.biases:
+            first_B, table_P = group.seen[window]
+            B = len(group.chunks)
+            query_BT = self.position_BT.view(B, -1) if group.row_BT is None else self.position_BT[0, group.row_BT]
+            slot_S = torch.arange(len(table_P) // B * PAGE_TOKENS, device=first_B.device)
+            distance = query_BT[:, :, None] - (first_B[:, None] * PAGE_TOKENS + slot_S)[:, None]
+            bias = torch.zeros(distance.shape, device=first_B.device)
+            group.biases[window] = bias.masked_fill_((distance < 0) | (distance > window), float("-inf"))
+        return group.biases[window]

@@ -192,16 +192,16 @@ class GroupSampler:
 
     def load(self, version: int, weights: bytes) -> None:
         """Go on with a policy's weights; what was cached of the one before is forgotten."""
+        tensors = safetensors.torch.load(weights)
+        self.version = version
+        if self._engine is not None:
+            self._engine.load_weights(tensors)
+            return
         with torch.device("meta"):  # nothing is drawn
             model = GPT(self.model, self.dtype)
-        model.load_state_dict(safetensors.torch.load(weights), assign=True)
-        model = model.to(self.device).prepare_for_inference()
-        self.version = version
-        if self._engine is None:
-            self._engine = Engine(model, max_running=self.running)
-            self._loop = ToolLoop(self._engine, self.tokenizer)
-        else:
-            self._engine.replace_model(model)
+        model.load_state_dict(tensors, assign=True)
+        self._engine = Engine(model.to(self.device).prepare_for_inference(), max_running=self.running)
+        self._loop = ToolLoop(self._engine, self.tokenizer)
 
     def add(self, group: int) -> None:
         """Begin to sample a group; a prompt that leaves no room gets empty samples."""

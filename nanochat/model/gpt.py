@@ -92,6 +92,8 @@ class Attention(nn.Module):
     @torch.no_grad()
     def fuse(self) -> None:
         """Let queries, keys and values be one product; the three weights become views of one. For inference."""
+        if self.c_qkv is not None:
+            return
         parts = (self.c_q, self.c_k, self.c_v)
         sizes = [part.out_features for part in parts]
         with torch.device("meta"):  # nothing is drawn
@@ -244,7 +246,10 @@ class GPT(nn.Module):
         self.exp_and_slope = torch.compile(exp_and_slope, *args, dynamic=False, **kwargs)
 
     def prepare_for_inference(self) -> "GPT":
-        """Lay the weights out for many small products and return the model; it is not to be trained any more."""
+        """Lay the weights out for many small products and return the model, which is not to be trained any more.
+
+        Again after weights were loaded into it.
+        """
         for block in self.blocks:
             block.attn.fuse()
             for linear in (block.attn.c_qkv, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):

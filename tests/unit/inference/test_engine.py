@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.completions import complete
+from nanochat.inference.decoding_graphs import DecodingGraphs
 from nanochat.inference.engine import CHUNK_TOKENS, Engine, Event, PromptReport, Request
-from nanochat.inference.paged_cache import PAGE_TOKENS
+from nanochat.inference.paged_cache import PAGE_TOKENS, FlatBatch
 from nanochat.inference.sampling import uniform
 from nanochat.inference.tool_loop import MAX_CALLS, NO_RESULT, ToolLoop
 from nanochat.model.gpt import GPT
@@ -64,6 +66,40 @@ def test_each_request_is_completed_as_it_would_be_by_itself(slots, device):
             assert not any(one.is_forced)
         lengths |= {len(tokens) for tokens in expected}
     assert len(lengths) > 1, "some stopped early"
+
+
+class Again:
+    """A graph that runs the forward anew, on what its batch then holds."""
+
+    def __init__(self, model: GPT, batch: FlatBatch) -> None:
+        self.model, self.batch = model, batch
+        self.hidden_NC = torch.full((batch.tokens_BT.shape[1], model.config.n_embd), math.nan)
+
+    def replay(self) -> None:
+        self.batch.forget_biases()
+        self.hidden_NC.copy_(self.model(self.batch.tokens_BT, cache=self.batch)[0])
+
+
+def test_steps_that_decode_go_through_graphs_of_few_shapes(monkeypatch):
+    """Rows and pages are padded, and a later step's numbers are put into an earlier one's batch."""
+    captured = []
+
+    def capture(graphs: DecodingGraphs, batch: FlatBatch):
+        captured.append(Again(graphs.model, batch))
+        return SimpleNamespace(batch=batch, graph=captured[-1], hidden_NC=captured[-1].hidden_NC)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(DecodingGraphs, "_capture", capture)
+    model = GPT(ModelConfig(sequence_len=200, vocab_size=40, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, smear=True))
+    for mine, other in zip(model.parameters(), random_model().parameters()):
+        mine.data = other.data
+    requests = [request([*prompt, *range(1, 30)], max_new_tokens=20 * n + 1) for n, prompt in enumerate(PROMPTS)]
+    engine = Engine(model, max_running=6)
+    engine.graphs = DecodingGraphs(model, engine.cache)
+    found = complete(engine, requests)
+    assert [one.tokens for one in found] == [slowly(model, list(one.prompt), one.max_new_tokens) for one in requests]
+    steps = max(len(one.tokens) for one in found)
+    assert 4 <= len(captured) < steps / 4
 
 
 DRAWN = st.tuples(
