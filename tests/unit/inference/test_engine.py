@@ -68,6 +68,22 @@ def test_each_request_is_completed_as_it_would_be_by_itself(slots, device):
     assert len(lengths) > 1, "some stopped early"
 
 
+def test_other_weights_lie_where_the_old_ones_did():
+    """Where graphs read them, the fused ones included."""
+    model, other = random_model(1).prepare_for_inference(), random_model(2)
+    engine = Engine(model, max_running=2)
+    fused = [block.attn.c_qkv.weight for block in model.blocks]
+    before = [weight.data_ptr() for weight in [*model.parameters(), *fused]]
+    engine.load_weights(other.state_dict())
+    assert all(block.attn.c_qkv.weight is weight for block, weight in zip(model.blocks, fused, strict=True))
+    assert [weight.data_ptr() for weight in [*model.parameters(), *fused]] == before
+    for weight, block in zip(fused, other.blocks, strict=True):
+        assert torch.equal(
+            weight, torch.cat([part.weight for part in (block.attn.c_q, block.attn.c_k, block.attn.c_v)])
+        )
+    assert complete(engine, [request([7, 3, 9])])[0].tokens == slowly(other, [7, 3, 9], 24)
+
+
 class Again:
     """A graph that runs the forward anew, on what its batch then holds."""
 

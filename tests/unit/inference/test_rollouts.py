@@ -102,10 +102,10 @@ def test_a_group_is_the_same_in_any_company(running):
     assert run(third, [5])[5].samples[0].tokens != expected.samples[0].tokens
 
 
-def test_weights_that_change_while_it_samples_are_used_from_the_next_token_on():
+def test_weights_that_change_while_it_samples_are_used_from_the_next_token_on(device):
     """Each token has the policy that said it; what comes after the change is by the new policy over all before it."""
-    old, new = policy(0), policy(1)
-    source = sampler(max_new_tokens=80)
+    old, new = policy(0).to(device), policy(1).to(device)
+    source = sampler(device=device, max_new_tokens=80)
     source.load(3, packed_weights(old))
     for group in range(3):
         source.add(group)
