@@ -73,7 +73,7 @@ def _run(config: DemoConfig, log_path: str) -> None:
     with storage.claimed(config.run_dir), session(cluster, log_path):
         prepare_data(
             config.run_dir, CorpusConfig(corpus=config.corpus, text_column=config.text_column),
-            TokenizerConfig(vocab_size=4096), ShardsConfig(sequence_len=512), None, terminal,
+            TokenizerConfig(vocab_size=4096), ShardsConfig(sequence_len=512), None, cluster, terminal,
         )  # fmt: skip
         pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
         finetune_chat(config.run_dir, demo_sft(config), cluster, terminal)

@@ -35,7 +35,7 @@ def prepare(
 
     def main() -> None:
         with storage.claimed(run_dir), session(cluster, log_path):
-            prepare_data(run_dir, corpus, tokenizer, shards, train_tokens, Terminal())
+            prepare_data(run_dir, corpus, tokenizer, shards, train_tokens, cluster, Terminal())
 
     return run_job(main, log_path)
 
