@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine: a head with a dashboard, to which jobs are submitted, and nodes with labels."""
+"""A cluster of several nodes on this machine: a head, to which jobs are submitted, and nodes with labels."""
 
 import contextlib
 import os
