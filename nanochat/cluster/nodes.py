@@ -16,8 +16,9 @@ from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import nanochat
+from nanochat import storage
 from nanochat.config.cluster import ClusterConfig
-from nanochat.errors import ClusterError
+from nanochat.errors import ClusterError, NanochatError, excerpt
 
 Work = Literal["data", "train", "rollouts", "serve"]
 WORK_LABEL = "work"
@@ -81,30 +82,41 @@ def software() -> dict[str, str]:
     }
 
 
-def check_software() -> None:
-    """Raise ClusterError if a node runs other software than this process: results would differ without a word."""
-    mine = software()
+def check_nodes(run_dir: str) -> None:
+    """Ask every node what it runs, and whether it sees the run directory.
+
+    Raises: ClusterError if one runs other software than this process (results would differ without a word), does not
+    see the directory (checkpoints would be lost), or does not answer.
+    """
+    path = storage.absolute(run_dir)
     answers: dict[Any, str] = {}
     for node in ray.nodes():
         if node["Alive"]:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(software)
-            answers[task.remote()] = node["NodeManagerAddress"]
+            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_answer)
+            answers[task.remote(path)] = node["NodeManagerAddress"]
     ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_S)
     if late:
         names = ", ".join(sorted(answers[one] for one in late))
         raise ClusterError(f"nodes={names}: have not answered for {ANSWER_S:g} s. Look at them with `ray status`.")
+    mine = software()
     for one in ready:
+        node = f"node={answers[one]}"
         try:
-            theirs = ray.get(one)
-        except ray.exceptions.RayError as err:
+            theirs, sees_it = ray.get(one)
+        except (ray.exceptions.RayError, NanochatError) as err:
             raise ClusterError(
-                f"node={answers[one]}: cannot run this project ({type(err).__name__}: {str(err).splitlines()[-1]}). "
-                "Install it there, or use the image of the Dockerfile."
+                f"{node}: cannot run this project ({type(err).__name__}: {excerpt(str(err).splitlines()[-1])}). "
+                "Install it there, or use the Dockerfile's image."
             ) from err
         for name, version in mine.items():
             if theirs[name] != version:
                 raise ClusterError(
-                    f"node={answers[one]}: has {name} {theirs[name]}, this process {version}. "
-                    "Use one image for all nodes."
+                    f"{node}: has {name} {theirs[name]}, the driver {version}. Use one image for all nodes."
                 )
+        if not sees_it:
+            raise ClusterError(f"{node}: does not see run_dir={run_dir}. Put it where all nodes see it, or use a URI.")
+
+
+def _answer(run_dir: str) -> tuple[dict[str, str], bool]:
+    return software(), storage.exists(run_dir) or not storage.is_local(run_dir)

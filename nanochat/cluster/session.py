@@ -18,24 +18,34 @@ import psutil
 import ray
 import ray.data
 
-from nanochat.cluster.nodes import ANYWHERE, check_resources, check_software, on_nodes_for
+from nanochat import storage
+from nanochat.cluster.nodes import ANYWHERE, check_nodes, check_resources, on_nodes_for
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
-from nanochat.errors import ClusterError, excerpt
+from nanochat.errors import ClusterError, ConfigError, excerpt
 from nanochat.run_context import RunContext
 
+PACKAGE_PLACE = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks what `ray job submit --working-dir` sends."""
 LOCAL_MIN_CPUS = 4
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
 
 
 @contextlib.contextmanager
-def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
-    """Join or start Ray for the time of the block; what Ray says goes to the local file `log_path`.
+def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
+    """Join or start Ray for the time of the block; what Ray says goes to the run directory's `ray_log`.
 
     Entry points call `environment.set_ray_environment()` before they import this module.
 
-    Raises: ClusterError if the address does not answer, or a node of the cluster has other software.
+    Raises: ClusterError if the address does not answer, or for a node of the cluster as `check_nodes`; ConfigError for
+    a run directory in a job's own copy of the project.
     """
+    log_path = storage.RunFolder(run_dir).ray_log
+    if PACKAGE_PLACE in storage.absolute(run_dir):
+        raise ConfigError(
+            f"run_dir={run_dir}: lies in this job's own copy of the project, which goes when the job ends. "
+            "Name a folder that all nodes share, from its root on, or a URI."
+        )
     os.makedirs(os.path.dirname(log_path) or ".", exist_ok=True)
     handler = logging.FileHandler(log_path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -61,7 +71,7 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
         # Ray prints some of its warnings, and what its nodes say of workers that die.
         with contextlib.redirect_stderr(handler.stream), contextlib.redirect_stdout(handler.stream):
             if address is not None:
-                check_software()
+                check_nodes(run_dir)
             yield
     finally:
         signal.signal(signal.SIGTERM, before)
