@@ -20,6 +20,7 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.errors import ClusterError, ConfigError
+from nanochat.storage import RunFolder
 
 APPLICATION = "nanochat"
 REACHABLE_S = 60.0
@@ -75,9 +76,8 @@ def run_endpoint(
         if is_check:
             terminal.line(f"answer     {one_answer(address, name, keys[0].decode() if keys else None)}")
             return
-        terminal.line(
-            f"logs       {RunFolder(serving.run_dir).ray_log}, which names the folder of Ray's; there serve/replica_*.log"
-        )
+        log = RunFolder(serving.run_dir).ray_log
+        terminal.line(f"logs       {log}, which names the folder of Ray's; there serve/replica_*.log")
         terminal.line("Ctrl-C ends it")
         while not asked:
             time.sleep(0.2)
