@@ -1,10 +1,13 @@
 """A cluster of several nodes on this machine: a head, to which jobs are submitted, and nodes with labels."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ray.cluster_utils import Cluster
@@ -12,6 +15,7 @@ from ray.cluster_utils import Cluster
 from nanochat.cluster.ingress import free_ports
 
 PROJECT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
 OBJECT_STORE_BYTES = 150 << 20
 
 
@@ -24,7 +28,7 @@ class SimulatedCluster:
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES, "labels": {"work": "data"},
+                "num_cpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "labels": {"work": "head"},
                 "include_dashboard": True, "dashboard_port": self.dashboard_port, "temp_dir": str(folder),
                 "dashboard_agent_listen_port": agent_port,  # its default is every Ray's: another's would run the jobs
             },
@@ -58,12 +62,12 @@ class SimulatedCluster:
 
     def start(self, *command: str, **environment: str) -> "Submitted":
         """Submit a job and return at once."""
-        import json
-
-        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", self.address]
+        submit = [RAY, "job", "submit", "--address", self.address, "--submission-id", (name := uuid.uuid4().hex)]
         runtime_env = {"working_dir": str(PROJECT), "env_vars": environment}
         submit += ["--runtime-env-json", json.dumps(runtime_env), "--", "python", *command]
-        return Submitted(subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return Submitted(
+            self.address, name, subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
 
     def shutdown(self) -> None:
         """End all nodes."""
@@ -73,8 +77,21 @@ class SimulatedCluster:
 class Submitted:
     """A job on its way."""
 
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
+    def __init__(self, address: str, name: str, process: subprocess.Popen) -> None:
+        self.address, self.name, self.process = address, name, process
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        """Wait for something that happens before the job ends."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"ended before: {self.process.communicate()[0][-4000:]}"
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.05)
+        assert self.process.poll() is None, "has ended already"
+
+    def stop(self) -> None:
+        """Ask Ray to end the job, as Ctrl-C would."""
+        subprocess.run([RAY, "job", "stop", "--address", self.address, self.name], check=True, capture_output=True)
 
     def result(self, timeout_s: float) -> subprocess.CompletedProcess:
         """Wait for the job's end."""
