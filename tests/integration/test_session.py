@@ -76,9 +76,7 @@ def test_nodes_with_other_software_or_without_the_run_directory_are_named(ray_se
     mine = nodes.software()
     for name in ("Python", "Ray", "torch", "nanochat"):
         monkeypatch.setattr(nodes, "software", lambda name=name: mine | {name: "0.0"})
-        with pytest.raises(
-            ClusterError, match=rf"^node=[\d.]+: has {name} \S+.*, the driver 0\.0\. Use one image"
-        ):
+        with pytest.raises(ClusterError, match=rf"^node=[\d.]+: has {name} \S+.*, the driver 0\.0\. Use one image"):
             nodes.check_nodes(str(tmp_path))
 
 
@@ -106,7 +104,7 @@ def test_a_cluster_that_can_grow_is_waited_for(ray_session):
     try:
         ask(6)
         assert noted == ["num_workers=x: needs 6 GPU, the cluster has 0, at most 6 can be added. Waiting for nodes."]
-        with pytest.raises(ClusterError, match=r"needs 7 GPU, the cluster has 0, at most 6 can be added\. Ask for fewer"):
+        with pytest.raises(ClusterError, match=r"needs 7 GPU, the cluster has 0, at most 6 can be added\. Ask"):
             ask(7)
     finally:
         _internal_kv_del(key, **where)
