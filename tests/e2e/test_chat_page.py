@@ -122,7 +122,9 @@ def test_a_cut_stream_is_continued(page, backend, error) -> None:
     finish(page)
     expect(last(page).locator(".said")).to_have_text(POEM.strip())
     expect(last(page).locator(".stats")).to_contain_text("continued 2")
-    assert [request.continued for _, request in backend.asked] == [0, 40, 90]
+    # What the browser had not read yet goes with the connection, and is asked for again.
+    begun, once, twice = (request.continued for _, request in backend.asked)
+    assert begun == 0 < once <= 40 < twice <= 90
     assert len({request.seed for _, request in backend.asked}) == 1
 
 

@@ -88,13 +88,13 @@ def test_two_models_answer_side_by_side(page, backend) -> None:
     expect(page.locator(".answer[aria-busy=true]")).to_have_count(2)
     expect(page.locator(".answer").nth(2)).to_contain_text("sft hears: second thought")
     expect(page.locator(".answer").nth(3)).to_contain_text("rl hears: second thought")
-    left, right = (page.locator(".answer").nth(number).bounding_box() for number in (2, 3))
-    assert abs(left["y"] - right["y"]) < 2
-    assert right["x"] > left["x"] + left["width"] / 2
     (one, first), (other, second) = backend.asked[-2:]
     assert {one, other} == {"sft", "rl"}
     assert (first.prompt, first.seed) == (second.prompt, second.seed)
-    finish(page)
+    finish(page)  # elements are replaced while text comes in
+    left, right = (page.locator(".answer").nth(number).bounding_box() for number in (2, 3))
+    assert abs(left["y"] - right["y"]) < 2
+    assert right["x"] > left["x"] + left["width"] / 2
     page.get_by_label("Second model").select_option("pretrain")
     ask(page, "third")
     expect(last(page)).to_contain_text("and so on")
