@@ -81,7 +81,7 @@ def benchmark(config: BenchmarkConfig) -> int:
             report(flat(measure_core(config.run_dir, config.bundle, config.max_per_task), "core"))
             return
         if config.what == "rl":
-            with storage.claimed(config.run_dir), session(rl_benchmark.CLUSTER, log_path):
+            with storage.claimed(config.run_dir), session(rl_benchmark.CLUSTER, config.run_dir):
                 results = measure_rl(config)
             report(results)
             return
@@ -89,7 +89,7 @@ def benchmark(config: BenchmarkConfig) -> int:
             with storage.claimed(config.run_dir):
                 report(measure_inference(config))
             return
-        with storage.claimed(config.run_dir), session(cluster, log_path):
+        with storage.claimed(config.run_dir), session(cluster, config.run_dir):
             if config.what == "train":
                 results = benchmarks.measure_training(config.run_dir, config.corpus, config.steps, cluster, job_start_s)
                 results |= benchmarks.measure_checkpoint(config.run_dir)

@@ -56,10 +56,10 @@ def demo(config: DemoConfig) -> int:
     from nanochat.cluster.terminal import run_job
 
     log_path = storage.RunFolder(config.run_dir).ray_log
-    return run_job(lambda: _run(config, log_path), log_path)
+    return run_job(lambda: _run(config), log_path)
 
 
-def _run(config: DemoConfig, log_path: str) -> None:
+def _run(config: DemoConfig) -> None:
     from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base
     from nanochat.cluster.rl_job import practise, prepare_practice
     from nanochat.cluster.session import session
@@ -70,10 +70,10 @@ def _run(config: DemoConfig, log_path: str) -> None:
     start_s = time.monotonic()
     terminal = Terminal()
     cluster = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
-    with storage.claimed(config.run_dir), session(cluster, log_path):
+    with storage.claimed(config.run_dir), session(cluster, config.run_dir):
         prepare_data(
             config.run_dir, CorpusConfig(corpus=config.corpus, text_column=config.text_column),
-            TokenizerConfig(vocab_size=4096), ShardsConfig(sequence_len=512), None, terminal,
+            TokenizerConfig(vocab_size=4096), ShardsConfig(sequence_len=512), None, cluster, terminal,
         )  # fmt: skip
         pretrain_base(config.run_dir, demo_pretraining(config), cluster, terminal)
         finetune_chat(config.run_dir, demo_sft(config), cluster, terminal)
@@ -90,7 +90,7 @@ def _run(config: DemoConfig, log_path: str) -> None:
         run_dir=config.run_dir, models=("rl", "sft", "pretrain"), port=config.port or free_or_any(8000)
     )
     replicas = ReplicasConfig(replica_cpus=1)
-    run_endpoint(serving, replicas, cluster, log_path, terminal, is_check=bool(os.environ.get("CI")))
+    run_endpoint(serving, replicas, cluster, terminal, is_check=bool(os.environ.get("CI")))
 
 
 def demo_pretraining(config: DemoConfig) -> PretrainConfig:

@@ -30,7 +30,7 @@ def evaluate(
 
     def main() -> None:
         terminal = Terminal()
-        with storage.claimed(run_dir), session(cluster, log_path):
+        with storage.claimed(run_dir), session(cluster, run_dir):
             evaluate_models(run_dir, config, cluster, terminal)
         terminal.line(f"report     {write_report(run_dir)}")
 

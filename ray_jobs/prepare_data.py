@@ -34,8 +34,8 @@ def prepare(
     log_path = storage.RunFolder(run_dir).ray_log
 
     def main() -> None:
-        with storage.claimed(run_dir), session(cluster, log_path):
-            prepare_data(run_dir, corpus, tokenizer, shards, train_tokens, Terminal())
+        with storage.claimed(run_dir), session(cluster, run_dir):
+            prepare_data(run_dir, corpus, tokenizer, shards, train_tokens, cluster, Terminal())
 
     return run_job(main, log_path)
 

@@ -28,7 +28,7 @@ def pretrain(
     log_path = storage.RunFolder(run_dir).ray_log
 
     def main() -> None:
-        with storage.claimed(run_dir), session(cluster, log_path):
+        with storage.claimed(run_dir), session(cluster, run_dir):
             pretrain_base(run_dir, config, cluster, Terminal())
 
     return run_job(main, log_path)

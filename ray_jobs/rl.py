@@ -33,7 +33,7 @@ def rl(
         terminal = Terminal()
         with storage.claimed(run_dir):
             practice = prepare_practice(run_dir, config, terminal)
-            with session(cluster, log_path):
+            with session(cluster, run_dir):
                 practise(run_dir, practice, rollouts, cluster, terminal)
             terminal.line(f"report     {write_report(run_dir)}")
 

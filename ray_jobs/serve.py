@@ -24,15 +24,15 @@ def serve(
     from nanochat.cluster.terminal import run_job
 
     log_path = storage.RunFolder(config.run_dir).ray_log
-    return run_job(lambda: _run(config, replicas, address, log_path), log_path)
+    return run_job(lambda: _run(config, replicas, address), log_path)
 
 
-def _run(config: ServingConfig, replicas: ReplicasConfig, address: str | None, log_path: str) -> None:
+def _run(config: ServingConfig, replicas: ReplicasConfig, address: str | None) -> None:
     from nanochat.cluster.endpoint_session import run_endpoint
     from nanochat.cluster.terminal import Terminal
     from nanochat.config.cluster import ClusterConfig
 
-    run_endpoint(config, replicas, ClusterConfig(address=address), log_path, Terminal())
+    run_endpoint(config, replicas, ClusterConfig(address=address), Terminal())
 
 
 if __name__ == "__main__":

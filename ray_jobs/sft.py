@@ -33,7 +33,7 @@ def sft(
         if show:
             show_conversations(config, run_dir, show)
             return
-        with storage.claimed(run_dir), session(cluster, log_path):
+        with storage.claimed(run_dir), session(cluster, run_dir):
             finetune_chat(run_dir, config, cluster, Terminal())
 
     return run_job(main, log_path)

@@ -16,12 +16,13 @@ from dataclasses import fields
 from typing import Any
 
 import psutil
-import ray
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from nanochat.cluster.endpoint_session import pinned
 from nanochat.cluster.ingress import RETRY_AFTER_S
+from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
+from nanochat.config.cluster import ClusterConfig
 from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.errors import ClusterError, ConfigError, excerpt
@@ -120,16 +121,13 @@ def application(serving: ServingConfig, replicas: ReplicasConfig, backend: str =
 
     Raises: ClusterError if the cluster is too small for its least number of replicas.
     """
-    gpus = replicas.replica_gpus
+    placed, gpus = ClusterConfig(by_label=replicas.replica_by_label), replicas.replica_gpus
     if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    for kind, each in (("CPU", replicas.replica_cpus), ("GPU", gpus)):
-        have = ray.cluster_resources().get(kind, 0)
-        if max(1, replicas.min_replicas) * each > have:
-            raise ClusterError(
-                f"replica_{kind.lower()}s={each:g}: {max(1, replicas.min_replicas)} replicas need more than the "
-                f"{have:g} {kind}s that the cluster has. Lower one of them."
-            )
+        gpus = 1.0 if resources("serve", placed).get("GPU", 0) else 0.0
+    least = max(1, replicas.min_replicas)
+    needed = {"CPU": least * replicas.replica_cpus, "GPU": least * gpus}
+    remedy = "Ask for fewer --min-replicas, or lower --replica-cpus and --replica-gpus."
+    check_resources(f"min_replicas={least}", needed, "serve", placed, remedy, log.warning)
     number: dict[str, Any] = {"num_replicas": replicas.max_replicas}
     if replicas.min_replicas < replicas.max_replicas:
         number = {"autoscaling_config": _autoscaling(serving, replicas)}
@@ -147,7 +145,7 @@ def application(serving: ServingConfig, replicas: ReplicasConfig, backend: str =
         health_check_period_s=replicas.health_check_s,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         max_constructor_retry_count=3,
-        ray_actor_options={"num_cpus": replicas.replica_cpus, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": replicas.replica_cpus, "num_gpus": gpus, **on_nodes_for("serve", placed)},
         logging_config={"enable_access_log": False},  # the app writes its own, with more in it
         **number,
     )

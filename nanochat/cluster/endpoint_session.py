@@ -20,6 +20,7 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.errors import ClusterError, ConfigError
+from nanochat.storage import RunFolder
 
 APPLICATION = "nanochat"
 REACHABLE_S = 60.0
@@ -27,7 +28,7 @@ REACHABLE_S = 60.0
 
 @contextlib.contextmanager
 def endpoint_session(
-    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, log_path: str, terminal: Terminal
+    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, terminal: Terminal
 ) -> Iterator[str]:
     """Serve models for the time of the block and yield the endpoint's address; leaving it lets streams finish.
 
@@ -36,7 +37,7 @@ def endpoint_session(
     """
     serving = pinned(serving if is_joined(cluster) else check_address(serving), terminal.line)
     terminal.line(f"models     {', '.join(serving.models)}")
-    with serve_session(serving, replicas, cluster, log_path) as address:
+    with serve_session(serving, replicas, cluster) as address:
         from nanochat.cluster.deployments import deploy, end
 
         began_s = time.monotonic()
@@ -51,7 +52,7 @@ def endpoint_session(
 
 
 def run_endpoint(
-    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, log_path: str, terminal: Terminal,
+    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, terminal: Terminal,
     is_check: bool = False,
 ) -> None:  # fmt: skip
     """Serve until Ctrl-C, which lets running answers finish; with `is_check` only until one answer has come.
@@ -67,7 +68,7 @@ def run_endpoint(
     from nanochat.serving.gate import api_keys
 
     keys = api_keys(serving)
-    with endpoint_session(serving, replicas, cluster, log_path, terminal) as address, on_interrupt(stop):
+    with endpoint_session(serving, replicas, cluster, terminal) as address, on_interrupt(stop):
         terminal.line(f"page       {address}/")
         terminal.line(f"API        {address}/v1")
         name = serving.models[0].partition("=")[0]
@@ -75,7 +76,8 @@ def run_endpoint(
         if is_check:
             terminal.line(f"answer     {one_answer(address, name, keys[0].decode() if keys else None)}")
             return
-        terminal.line(f"logs       {log_path}, which names the folder of Ray's; there serve/replica_*.log")
+        log = RunFolder(serving.run_dir).ray_log
+        terminal.line(f"logs       {log}, which names the folder of Ray's; there serve/replica_*.log")
         terminal.line("Ctrl-C ends it")
         while not asked:
             time.sleep(0.2)
@@ -94,9 +96,7 @@ def one_answer(address: str, model: str, key: str | None) -> str:
 
 
 @contextlib.contextmanager
-def serve_session(
-    serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig, log_path: str
-) -> Iterator[str]:
+def serve_session(serving: ServingConfig, replicas: ReplicasConfig, cluster: ClusterConfig) -> Iterator[str]:
     """Join or start Ray, and Serve with one proxy, for the time of the block; yield the proxy's address.
 
     In a joined cluster the proxy is what the cluster's own environment says; in an own one HAProxy, where there is one.
@@ -111,7 +111,7 @@ def serve_session(
     try:
         from nanochat.cluster.session import session
 
-        with session(cluster, log_path):
+        with session(cluster, serving.run_dir):
             from ray import serve
 
             logging.getLogger("ray.serve").handlers[:] = logging.getLogger("ray").handlers

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from nanochat import storage
+from nanochat.cluster.nodes import resources
 from nanochat.cluster.session import actor_map, ray_context
 from nanochat.cluster.terminal import Terminal, on_interrupt
 from nanochat.cluster.trainer import (
@@ -52,6 +51,7 @@ def prepare_data(
     tokenizer: TokenizerConfig,
     shards: ShardsConfig,
     train_tokens: int | None,
+    cluster: ClusterConfig,
     terminal: Terminal,
 ) -> TokenShards:
     """Fetch the corpus, train the tokenizer and pack token shards; what is there already is kept.
@@ -59,7 +59,7 @@ def prepare_data(
     `train_tokens` says how much a named corpus must provide.
     """
     folder = RunFolder(run_dir)
-    run = ray_context(terminal.live)
+    run = ray_context(terminal.live, cluster)
     configs = {"corpus": corpus, "tokenizer": tokenizer, "shards": shards}
     check_stage(folder.shards, configs)
     text = prepare_corpus(
@@ -126,7 +126,7 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
     check_stage(folder.sft.root, {"sft": config}, source.files())
     mixture = load_mixture(source)
     shards = write_mixture_shards(
-        source, ray_context(terminal.live), tokenizer, base.state["model"]["sequence_len"], folder.sft_shards
+        source, ray_context(terminal.live, cluster), tokenizer, base.state["model"]["sequence_len"], folder.sft_shards
     )
     sft = resolve_sft(config, base, shards.rows("train"))
     left_out = {
@@ -173,7 +173,7 @@ def evaluate_models(
 
     Any number of actors gives the same.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
+    gpus = int(resources("train", cluster).get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
     actors = config.actors or max(1, gpus)
     config = replace(config, models=config.models or (() if config.hf else chat_models(run_dir)))
     models = [named_model(run_dir, name, terminal.line) for name in config.models]
@@ -185,8 +185,8 @@ def evaluate_models(
     if config.hf is not None:
         models.append(Model(f"hf_{storage.name_of(config.hf.rstrip('/'))}", None))
     run = RunContext(
-        use_gpu=gpus > 0, local_world_size=actors, map=actor_map(actors, 1.0 if gpus else 0.0), progress=terminal.live,
-        note=terminal.line,
+        use_gpu=gpus > 0, local_world_size=actors, progress=terminal.live, note=terminal.line,
+        map=actor_map(actors, 1.0 if gpus else 0.0, cluster, terminal.line),
     )  # fmt: skip
     evaluator = Evaluator(config, run, run_dir, models)
     results = evaluate(evaluator, run)

@@ -7,17 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
-
 from nanochat.cluster.jobs import named_model, watched
+from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
 from nanochat.cluster.rollouts import RolloutSpec
-from nanochat.cluster.session import address_of
 from nanochat.cluster.terminal import Terminal
-from nanochat.cluster.trainer import TrainJob, check_resources, rl_worker, run_on_ray
+from nanochat.cluster.trainer import TrainJob, check_workers, rl_worker, run_on_ray
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import ClusterError
 from nanochat.inference.rollouts import with_reward
 from nanochat.provenance import begin_stage, check_stage
 from nanochat.storage import RunFolder
@@ -90,8 +87,7 @@ def practise(
         config=config, actors=actors,
         rollouts=replace(rollouts, gpus_per_actor=rollouts.gpus_per_actor or gpus_each or 1.0),
         model=plan.model, tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(),
-        use_gpu=use_gpu,
-        processes=workers + actors,
+        use_gpu=use_gpu, processes=workers + actors, placement=on_nodes_for("rollouts", cluster),
     )  # fmt: skip
     job = TrainJob(
         config=config, tokenizer_folder=folder.tokenizer, folder=folder.rl, use_gpu=use_gpu,
@@ -133,29 +129,26 @@ def share_machines(
 ) -> tuple[int, int, float, bool]:
     """Return how many processes learn, how many sample, the GPUs of each where they share one, and if on GPUs.
 
-    Of several GPUs a quarter learns and the others sample; of one, both have a half; of this machine's cores half
-    sample, one actor on each.
+    Of several GPUs a quarter learns and the others sample, or each kind has the GPUs of its nodes; of one, both have a
+    half; of this machine's cores half sample, one actor on each.
     Raises: ClusterError if the cluster cannot hold them.
     """
-    have = ray.cluster_resources()
-    gpus = int(have.get("GPU", 0))
+    gpus = int(resources("train", cluster).get("GPU", 0))
     use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
-    gpus_each = 0.5 if use_gpu and gpus == 1 else 0.0
-    learners = cluster.num_workers or (max(1, gpus // 4) if use_gpu else 1)
+    gpus_each = 0.5 if use_gpu and gpus == 1 and not cluster.by_label else 0.0
+    learners = cluster.num_workers or (max(1, gpus if cluster.by_label else gpus // 4) if use_gpu else 1)
     each = rollouts.gpus_per_actor or gpus_each or 1.0
-    left = gpus - learners * (gpus_each or 1.0)
+    left = resources("rollouts", cluster).get("GPU", 0) if cluster.by_label else gpus - learners * (gpus_each or 1.0)
     actors = rollouts.actors or max(
         1, int(left / each) if use_gpu else min(physical_cores() // 2, physical_cores() - learners)
     )
-    check_resources(learners, cluster, use_gpu and not gpus_each, note)
-    for kind, needed in (
-        ("CPU", learners * cluster.cpus_per_worker + actors * rollouts.cpus_per_actor),
-        ("GPU", learners * (gpus_each or 1.0) + actors * each if use_gpu else 0.0),
-    ):
-        if needed > have.get(kind, 0):
-            lack = f"actors={actors}: with {learners} learning needs {needed:g} {kind}, the cluster has "
-            lack += f"{have.get(kind, 0):g}. "
-            if address_of(cluster) is None:
-                raise ClusterError(lack + "Ask for fewer --actors, or lower --cpus-per-actor.")
-            note(lack + "Waiting for nodes.")
+    sampling = {"CPU": actors * rollouts.cpus_per_actor, "GPU": actors * each if use_gpu else 0.0}
+    learning = {"CPU": learners * cluster.cpus_per_worker, "GPU": learners * (gpus_each or 1.0) if use_gpu else 0.0}
+    remedy = "Ask for fewer --actors, or lower --cpus-per-actor."
+    if cluster.by_label:
+        check_workers(learners, cluster, 1.0 if use_gpu else 0.0, note)
+        check_resources(f"actors={actors}", sampling, "rollouts", cluster, remedy, note)
+    else:
+        both = {kind: amount + sampling[kind] for kind, amount in learning.items()}
+        check_resources(f"actors={actors}: with {learners} learning", both, "train", cluster, remedy, note)
     return learners, actors, gpus_each, use_gpu

@@ -12,7 +12,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,6 +53,8 @@ class RolloutSpec:
     use_gpu: bool
     processes: int
     """Processes that share the cores of this machine: actors and learners."""
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    """The option that says on which nodes actors are."""
 
     def judged(self, task: Task) -> Task:
         """Return the task, judged by the reward that the config names."""
@@ -242,6 +244,7 @@ class RolloutPool:
         options = {
             "num_cpus": rollouts.cpus_per_actor, "num_gpus": (rollouts.gpus_per_actor or 1.0) if use_gpu else 0.0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=None), "max_restarts": 0,
+            **self.spec.placement,
         }  # fmt: skip
         handle = ray.remote(RolloutActor).options(**options).remote(self.spec)
         return _Actor(handle, handle.begun.remote())

@@ -56,7 +56,7 @@ def fixed_checkpoint(run_dir: str, corpus: str) -> str:
 
 def measure_engine(run_dir: str, corpus: str) -> dict[str, Any]:
     """Return tokens per second by requests at a time, what a known prefix saves, and gaps while prompts arrive."""
-    with session(ClusterConfig(), RunFolder(run_dir).ray_log):
+    with session(ClusterConfig(), run_dir):
         fixed_checkpoint(run_dir, corpus)
     model = _model(run_dir)
     speeds: dict[int, list[float]] = {count: [] for count in CONCURRENCY}
@@ -78,14 +78,13 @@ def measure_serving(run_dir: str, corpus: str, port: int = 0) -> dict[str, Any]:
 
     cluster, replicas = ClusterConfig(), ReplicasConfig(replica_cpus=1)
     serving = check_address(ServingConfig(run_dir=run_dir, models=("pretrain",), port=port))
-    log_path = RunFolder(run_dir).ray_log
-    with session(ClusterConfig(), log_path):
+    with session(ClusterConfig(), run_dir):
         fixed_checkpoint(run_dir, corpus)
     model = _model(run_dir)
     engine, limits = Engine(model, max_running=1), {"first_token_ms": 1000.0, "per_token_ms": 50.0}
     speeds: dict[str, list[float]] = {"engine": [], "serve": []}
     waits_ms: dict[str, list[float]] = {"engine": [], "serve": []}
-    with serve_session(serving, replicas, cluster, log_path) as address:
+    with serve_session(serving, replicas, cluster) as address:
         deploy("benchmark", "/", pinned(serving, print), replicas)
         wait_until_ready(address)
         url = f"{address}/v1/completions"

@@ -6,6 +6,7 @@ training workers; under `ray job submit`, or with an address, it joins the clust
 """
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -17,23 +18,34 @@ import psutil
 import ray
 import ray.data
 
+from nanochat import storage
+from nanochat.cluster.nodes import ANYWHERE, check_nodes, check_resources, on_nodes_for
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
-from nanochat.errors import ClusterError, excerpt
+from nanochat.errors import ClusterError, ConfigError, excerpt
 from nanochat.run_context import RunContext
 
+PACKAGE_PLACE = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks what `ray job submit --working-dir` sends."""
 LOCAL_MIN_CPUS = 4
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
 
 
 @contextlib.contextmanager
-def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
-    """Join or start Ray for the time of the block; what Ray says goes to the local file `log_path`.
+def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
+    """Join or start Ray for the time of the block; what Ray says goes to the run directory's `ray_log`.
 
     Entry points call `environment.set_ray_environment()` before they import this module.
 
-    Raises: ClusterError if the address does not answer.
+    Raises: ClusterError if the address does not answer, or for a node of the cluster as `check_nodes`; ConfigError for
+    a run directory in a job's own copy of the project.
     """
+    log_path = storage.RunFolder(run_dir).ray_log
+    if PACKAGE_PLACE in storage.absolute(run_dir):
+        raise ConfigError(
+            f"run_dir={run_dir}: lies in this job's own copy of the project, which goes when the job ends. "
+            "Name a folder that all nodes share, from its root on, or a URI."
+        )
     os.makedirs(os.path.dirname(log_path) or ".", exist_ok=True)
     handler = logging.FileHandler(log_path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -58,6 +70,8 @@ def session(config: ClusterConfig, log_path: str) -> Iterator[None]:
     try:
         # Ray prints some of its warnings, and what its nodes say of workers that die.
         with contextlib.redirect_stderr(handler.stream), contextlib.redirect_stdout(handler.stream):
+            if address is not None:
+                check_nodes(run_dir)
             yield
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -85,12 +99,12 @@ def _start_local() -> Any:
     )
 
 
-def ray_map(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Apply a function to every item in parallel tasks; results come in the items' order.
+def ray_map(fn: Callable[[Any], Any], items: Iterable[Any], cluster: ClusterConfig = ANYWHERE) -> Iterator[Any]:
+    """Apply a function to every item in parallel tasks, on nodes for data; results come in the items' order.
 
     A task whose worker or node dies is run again, up to three times. Raises: what `fn` raised, as it was.
     """
-    task = ray.remote(max_retries=3)(_apply)
+    task = ray.remote(max_retries=3, **on_nodes_for("data", cluster))(_apply)
     function = ray.put(fn)
     ahead = 2 * int(ray.cluster_resources().get("CPU", 1))  # also bounds what still runs after an error
     pending: deque[Any] = deque()
@@ -120,7 +134,9 @@ class _Actor:
         return self.fn(item)
 
 
-def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
+def actor_map(
+    actors: int, num_gpus: float, cluster: ClusterConfig = ANYWHERE, note: Callable[[str], None] = print
+) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
     """Return a map over so many actors, each of which keeps the function, and the model that it loads.
 
     An actor that dies is started again and its item done again, an item up to three times; results come in the items'
@@ -129,11 +145,9 @@ def actor_map(actors: int, num_gpus: float) -> Callable[[Callable[[Any], Any], I
 
     def apply_all(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         kind, each = ("GPU", num_gpus) if num_gpus else ("CPU", 0.5)
-        if actors * each > (have := ray.cluster_resources().get(kind, 0)):
-            raise ClusterError(
-                f"actors={actors}: need {actors * each:g} {kind}, the cluster has {have:g}. Use {int(have // each)}."
-            )
+        check_resources(f"actors={actors}", {kind: actors * each}, "train", cluster, "Ask for fewer --actors.", note)
         options = {"num_cpus": 0 if num_gpus else each, "num_gpus": num_gpus, "max_restarts": -1, "max_task_retries": 3}
+        options |= on_nodes_for("train", cluster)
         pool = [ray.remote(_Actor).options(**options).remote(fn) for _ in range(actors)]
         free = deque(pool)
         running: dict[Any, tuple[int, Any]] = {}
@@ -174,6 +188,6 @@ def _collect(running: dict[Any, tuple[int, Any]], done: dict[int, Any], free: de
     free.append(actor)
 
 
-def ray_context(progress: Callable[[str], None]) -> RunContext:
+def ray_context(progress: Callable[[str], None], cluster: ClusterConfig = ANYWHERE) -> RunContext:
     """Return the driver's run context: its `map` runs on the cluster."""
-    return RunContext(map=ray_map, progress=progress)
+    return RunContext(map=functools.partial(ray_map, cluster=cluster), progress=progress)

@@ -21,8 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat import storage
+from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
 from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
-from nanochat.cluster.session import address_of
 from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
@@ -32,7 +32,7 @@ from nanochat.config.sft import SftConfig
 from nanochat.config.training import LearnerConfig, TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import ClusterError, NanochatError
+from nanochat.errors import NanochatError
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.tasks.task import Task
@@ -225,40 +225,36 @@ def run_on_ray(job: TrainJob, num_steps: int, cluster: ClusterConfig, watch: Cal
 
 
 def workers_of(cluster: ClusterConfig, note: Callable[[str], None]) -> tuple[int, bool]:
-    """Return how many workers train, and whether on GPUs. Raises: ClusterError as `check_resources`."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    """Return how many workers train, and whether on GPUs. Raises: ClusterError as `check_workers`."""
+    gpus = int(resources("train", cluster).get("GPU", 0))
     use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
     workers = cluster.num_workers or (gpus if use_gpu else 0) or 1
-    check_resources(workers, cluster, use_gpu, note)
+    check_workers(workers, cluster, 1.0 if use_gpu else 0.0, note)
     return workers, use_gpu
 
 
-def check_resources(workers: int, cluster: ClusterConfig, use_gpu: bool, note: Callable[[str], None]) -> None:
-    """Raise ClusterError if this machine cannot hold the least number of workers; a cluster may get more nodes."""
-    have = ray.cluster_resources()
+def check_workers(workers: int, cluster: ClusterConfig, gpus_each: float, note: Callable[[str], None]) -> None:
+    """Raise ClusterError if the cluster has no room for the least number of workers and cannot grow so far."""
     least = cluster.min_workers or workers
-    for kind, each in (("GPU", 1.0 if use_gpu else 0.0), ("CPU", cluster.cpus_per_worker)):
-        if least * each <= have.get(kind, 0):
-            continue
-        lack = f"num_workers={least}: needs {least * each:g} {kind}, the cluster has {have.get(kind, 0):g}. "
-        if address_of(cluster) is None:
-            raise ClusterError(lack + "Ask for fewer workers, or lower cpus_per_worker.")
-        note(lack + "Waiting for nodes.")
+    needed = {"GPU": least * gpus_each, "CPU": least * cluster.cpus_per_worker}
+    remedy = "Ask for fewer --num-workers, or lower --cpus-per-worker."
+    check_resources(f"num_workers={least}", needed, "train", cluster, remedy, note)
 
 
 def _trainer(job: TrainJob, cluster: ClusterConfig) -> TorchTrainer:
     use_gpu, workers = job.use_gpu, job.workers[-1]
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if use_gpu else {})
+    resources_each = {"CPU": cluster.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if use_gpu else {})
     environment = {} if use_gpu else dict(CPU_ALLOCATOR_ENVIRONMENT)
     environment["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", compile_cache())
-    options = ray.data.ExecutionOptions(preserve_order=True)
+    options = ray.data.ExecutionOptions(preserve_order=True, **on_nodes_for("data", cluster))
     return (ElasticTorchTrainer if cluster.min_workers else TorchTrainer)(
         _work,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, workers) if cluster.min_workers else workers,
             use_gpu=use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=resources_each,
+            **on_nodes_for("train", cluster),
         ),
         run_config=RunConfig(
             name=f"train-{time.time_ns()}",

@@ -19,6 +19,8 @@ class ClusterConfig:
     """Go on with as few as this when nodes are lost, in numbers that divide a step's rows; none = wait for all."""
     cpus_per_worker: float = 1.0
     """Logical CPUs that a training worker reserves."""
+    by_label: bool = False
+    """Put work on nodes whose label `work` names it: data, train, rollouts. cluster.yaml gives its nodes labels."""
     max_failures: int = 3
     """Restarts after a lost worker or node, a RuntimeError or an OSError; other errors end the run at once."""
 

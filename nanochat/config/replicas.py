@@ -31,6 +31,8 @@ class ReplicasConfig:
     """Logical CPUs that a replica reserves."""
     replica_gpus: float | None = None
     """GPUs of a replica; none = one if the cluster has any."""
+    replica_by_label: bool = False
+    """Put replicas on nodes whose label `work` is serve."""
     haproxy: bool = True
     """Put HAProxy before the replicas where the platform has it; else Serve's own proxy, 9 ms slower."""
 

@@ -14,7 +14,7 @@ def ray_session(tmp_path_factory):
     from nanochat.cluster.session import session
     from nanochat.config.cluster import ClusterConfig
 
-    with session(ClusterConfig(), str(tmp_path_factory.mktemp("ray") / "ray.log")):
+    with session(ClusterConfig(), str(tmp_path_factory.mktemp("ray"))):
         yield
 
 

@@ -107,10 +107,11 @@ def serving_ray(tmp_path_factory: Any, **fields: Any) -> Iterator[tuple[str, Ser
     before = dict(os.environ)
     folder = os.path.dirname(__file__)  # replicas import paced_backend
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [before.get("PYTHONPATH")])])
-    serving = ServingConfig(port=free_ports(1)[0], **{"models": ("paced",), **fields})
-    log_path = str(tmp_path_factory.mktemp("serve") / "ray.log")
+    serving = ServingConfig(
+        port=free_ports(1)[0], **{"models": ("paced",), "run_dir": str(tmp_path_factory.mktemp("serve")), **fields}
+    )
     try:
-        with serve_session(serving, ReplicasConfig(cold_start_s=20), ClusterConfig(), log_path) as address:
+        with serve_session(serving, ReplicasConfig(cold_start_s=20), ClusterConfig()) as address:
             yield address, serving
     finally:
         os.environ.clear()

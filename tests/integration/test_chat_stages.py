@@ -193,5 +193,5 @@ def test_an_error_in_an_item_comes_out_as_it_was(ray_session):
         list(actor_map(2, 0.0)(fails, range(6)))
     assert "in an actor" in caught.value.__notes__[0]
     assert list(actor_map(2, 0.0)(abs, [-3, 2, -1])) == [3, 2, 1]
-    with pytest.raises(ClusterError, match=r"actors=99: need 49.5 CPU, the cluster has \d+. Use \d+"):
+    with pytest.raises(ClusterError, match=r"actors=99: needs 49.5 CPU, the cluster has \d+\. Ask for fewer --actors"):
         list(actor_map(99, 0.0)(abs, [1]))

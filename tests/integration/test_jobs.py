@@ -114,14 +114,14 @@ def test_the_summary_has_the_last_score(tmp_path):
 @pytest.fixture
 def prepare(tiny_run, tmp_path, monkeypatch):
     """Prepares tiny_run's text in a folder of its own, in this process; returns what was shown."""
-    monkeypatch.setattr(jobs, "ray_context", lambda progress: RunContext(progress=progress))
+    monkeypatch.setattr(jobs, "ray_context", lambda progress, cluster: RunContext(progress=progress))
     monkeypatch.setattr("nanochat.data.tokenizer.REFERENCE_ENCODINGS", ())  # they would be downloaded
 
     def run():
         screen = Screen()
         packed = jobs.prepare_data(
             str(tmp_path / "run"), CorpusConfig(corpus=f"{tiny_run.parent}/text_*.jsonl"),
-            TokenizerConfig(vocab_size=300), ShardsConfig(sequence_len=64), None, screen,
+            TokenizerConfig(vocab_size=300), ShardsConfig(sequence_len=64), None, ClusterConfig(), screen,
         )  # fmt: skip
         return packed, [line for how, line in screen.shown if how == "line"]
 

@@ -113,7 +113,7 @@ def test_too_small_a_cluster_is_said_before_anything_is_deployed(endpoint):
     from nanochat.cluster.deployments import deploy
 
     _, serving = endpoint
-    with pytest.raises(ClusterError, match="replica_cpus=100: 1 replicas need more"):
+    with pytest.raises(ClusterError, match="min_replicas=1: needs 100 CPU, the cluster has"):
         deploy("big", "/big", serving, ReplicasConfig(replica_cpus=100))
 
 

@@ -64,3 +64,60 @@ def test_packing_on_ray_equals_packing_here(ray_session, tiny_run, tmp_path):
     again = write_token_shards(ShardsConfig(sequence_len=64), run, corpus, tokenizer, str(folder))
     assert again.manifest_hash == packed.manifest_hash
     assert kept.stat().st_mtime_ns == before
+
+
+def test_nodes_with_other_software_or_without_the_run_directory_are_named(ray_session, tmp_path, monkeypatch):
+    from nanochat.cluster import nodes
+    from nanochat.errors import ClusterError
+
+    nodes.check_nodes(str(tmp_path))
+    with pytest.raises(ClusterError, match=r"^node=[\d.]+: does not see run_dir=.*/away\. Put it where all"):
+        nodes.check_nodes(str(tmp_path / "away"))
+    mine = nodes.software()
+    for name in ("Python", "Ray", "torch", "nanochat"):
+        monkeypatch.setattr(nodes, "software", lambda name=name: mine | {name: "0.0"})
+        with pytest.raises(ClusterError, match=rf"^node=[\d.]+: has {name} \S+.*, the driver 0\.0\. Use one image"):
+            nodes.check_nodes(str(tmp_path))
+
+
+def test_a_cluster_that_can_grow_is_waited_for(ray_session):
+    """As the autoscaler tells Ray what it may start."""
+    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig as Growth
+    from ray.core.generated.autoscaler_pb2 import NodeGroupConfig
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+    from nanochat.cluster.nodes import ANYWHERE, check_resources
+    from nanochat.errors import ClusterError
+
+    growth = Growth(node_group_configs=[NodeGroupConfig(resources={"GPU": 2}, max_count=3, name="train")])
+    where = {"namespace": GCS_AUTOSCALER_STATE_NAMESPACE.encode()}
+    key = GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode()
+    noted: list[str] = []
+
+    def ask(gpus):
+        check_resources("num_workers=x", {"GPU": gpus}, "train", ANYWHERE, "Ask for fewer.", noted.append)
+
+    with pytest.raises(ClusterError, match=r"^num_workers=x: needs 6 GPU, the cluster has 0\. Ask for fewer\.$"):
+        ask(6)
+    _internal_kv_put(key, growth.SerializeToString(), **where)
+    try:
+        ask(6)
+        assert noted == ["num_workers=x: needs 6 GPU, the cluster has 0, at most 6 can be added. Waiting for nodes."]
+        with pytest.raises(ClusterError, match=r"needs 7 GPU, the cluster has 0, at most 6 can be added\. Ask"):
+            ask(7)
+    finally:
+        _internal_kv_del(key, **where)
+
+
+def test_a_run_directory_in_a_jobs_package_is_refused(tmp_path):
+    from nanochat.cluster.session import session
+    from nanochat.config.cluster import ClusterConfig
+    from nanochat.errors import ConfigError
+
+    inside = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0" / "runs" / "base"
+    with (
+        pytest.raises(ConfigError, match="lies in this job's own copy of the project"),
+        session(ClusterConfig(), str(inside)),
+    ):
+        pass

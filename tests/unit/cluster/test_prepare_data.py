@@ -10,6 +10,7 @@ import tiktoken
 from nanochat.cluster import jobs
 from nanochat.cluster.jobs import prepare_data
 from nanochat.cluster.terminal import Terminal
+from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
@@ -23,7 +24,7 @@ def without_ray_and_network(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    monkeypatch.setattr(jobs, "ray_context", lambda progress: RunContext(progress=progress))
+    monkeypatch.setattr(jobs, "ray_context", lambda progress, cluster: RunContext(progress=progress))
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def corpus(tmp_path) -> CorpusConfig:
 
 def prepare(run_dir: Path, corpus: CorpusConfig, vocab_size: int = 300, sequence_len: int = 16):
     tokenizer, shards = TokenizerConfig(vocab_size=vocab_size), ShardsConfig(sequence_len=sequence_len)
-    return prepare_data(str(run_dir), corpus, tokenizer, shards, None, Terminal())
+    return prepare_data(str(run_dir), corpus, tokenizer, shards, None, ClusterConfig(), Terminal())
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat.cluster import rl_job, trainer
+from nanochat.cluster import nodes, rl_job, trainer
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.rl import RolloutsConfig
 from nanochat.errors import ClusterError
@@ -10,13 +10,15 @@ from nanochat.errors import ClusterError
 
 @pytest.fixture
 def cluster_of(monkeypatch):
-    """Lets Ray say that it has so much."""
+    """Lets Ray say that it has nodes of these resources, by label, and may grow to `most`."""
     monkeypatch.setattr(rl_job, "physical_cores", lambda: 8)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
-    def have(**resources):
-        for module in (rl_job, trainer):
-            monkeypatch.setattr(module.ray, "cluster_resources", lambda: resources)
+    def have(most=None, **by_label):
+        found = [{"Alive": True, "Labels": {"work": work}, "Resources": each} for work, each in by_label.items()]
+        monkeypatch.setattr(
+            nodes.ray, "nodes", lambda: [{"Alive": False, "Labels": {}, "Resources": {"GPU": 99}}, *found]
+        )
+        monkeypatch.setattr(nodes.state, "get_max_resources_from_cluster_config", lambda: most)
 
     return have
 
@@ -38,22 +40,47 @@ def cluster_of(monkeypatch):
     ],
 )
 def test_learners_and_actors_share_what_there_is(cluster_of, resources, cluster, rollouts, expected):
-    cluster_of(**resources)
+    cluster_of(any=resources)
     assert rl_job.share_machines(ClusterConfig(**cluster), RolloutsConfig(**rollouts), print) == expected
 
 
 @pytest.mark.parametrize(
     ("resources", "rollouts", "message"),
     [
-        ({"CPU": 2}, {"actors": 3}, "actors=3: with 1 learning needs 2.5 CPU, the cluster has 2. Ask for fewer"),
-        ({"CPU": 99, "GPU": 2}, {"actors": 2}, "actors=2: with 1 learning needs 3 GPU, the cluster has 2."),
-        ({"CPU": 99, "GPU": 1}, {"actors": 2}, "actors=2: with 1 learning needs 1.5 GPU, the cluster has 1."),
+        ({"CPU": 2}, {"actors": 3}, "actors=3: with 1 learning: needs 2.5 CPU, the cluster has 2. Ask for fewer"),
+        ({"CPU": 99, "GPU": 2}, {"actors": 2}, "actors=2: with 1 learning: needs 3 GPU, the cluster has 2."),
+        ({"CPU": 99, "GPU": 1}, {"actors": 2}, "actors=2: with 1 learning: needs 1.5 GPU, the cluster has 1."),
     ],
 )
 def test_more_than_there_is_is_refused_or_waited_for(cluster_of, resources, rollouts, message):
-    cluster_of(**resources)
+    cluster_of(any=resources)
     with pytest.raises(ClusterError, match=message):
         rl_job.share_machines(ClusterConfig(), RolloutsConfig(**rollouts), print)
     noted: list[str] = []
-    rl_job.share_machines(ClusterConfig(address="auto"), RolloutsConfig(**rollouts), noted.append)
-    assert noted[-1].endswith("Waiting for nodes.")
+    cluster_of(any=resources, most={"CPU": 199, "GPU": 16})
+    rl_job.share_machines(ClusterConfig(), RolloutsConfig(**rollouts), noted.append)
+    assert noted[-1].endswith("can be added. Waiting for nodes.")
+
+
+def test_what_the_cluster_can_never_have_is_refused(cluster_of):
+    cluster_of(most={"CPU": 40, "GPU": 4}, any={"CPU": 20, "GPU": 2})
+    asked = "num_workers=8: needs 8 GPU, the cluster has 2, at most 2 can be added. Ask for fewer --num-workers"
+    with pytest.raises(ClusterError, match=asked):
+        trainer.workers_of(ClusterConfig(num_workers=8), print)
+    assert trainer.workers_of(ClusterConfig(num_workers=4), print) == (4, True)
+
+
+def test_each_kind_of_work_counts_the_nodes_of_its_label(cluster_of):
+    cluster_of(
+        data={"CPU": 64}, train={"CPU": 192, "GPU": 8}, rollouts={"CPU": 192, "GPU": 6}, serve={"CPU": 48, "GPU": 4}
+    )
+    by_label = ClusterConfig(by_label=True)
+    assert trainer.workers_of(by_label, print) == (8, True)
+    assert rl_job.share_machines(by_label, RolloutsConfig(), print) == (8, 6, 0.0, True)
+    assert rl_job.share_machines(ClusterConfig(), RolloutsConfig(), print) == (4, 14, 0.0, True)
+    with pytest.raises(
+        ClusterError, match=r"actors=7: needs 7 GPU, the cluster has 6 on nodes with the label work=rollouts\."
+    ):
+        rl_job.share_machines(by_label, RolloutsConfig(actors=7), print)
+    assert nodes.on_nodes_for("data", by_label) == {"label_selector": {"work": "data"}}
+    assert nodes.on_nodes_for("data", ClusterConfig()) == {}
