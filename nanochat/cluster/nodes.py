@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -66,9 +67,10 @@ def check_resources(
 
 
 def software() -> dict[str, str]:
-    """Return what must be alike on all nodes: versions, and a hash of this package's own code.
+    """Return what must be alike on all nodes: versions, a hash of this package's own code, and how Ray knows its own.
 
-    Of torch the release alone: nodes with and without GPUs have different builds of it.
+    Of torch the release alone: nodes with and without GPUs have different builds of it. Where some demand a token and
+    others do not, objects of one are lost to the other without a word of why.
     """
     code = hashlib.sha256()
     folder = Path(nanochat.__file__).parent
@@ -79,6 +81,7 @@ def software() -> dict[str, str]:
         "Ray": ray.__version__,
         "torch": importlib.metadata.version("torch").partition("+")[0],
         "nanochat": f"{nanochat.__version__} (code {code.hexdigest()[:12]})",
+        "RAY_AUTH_MODE": "token" if is_token_auth_enabled() else "disabled",
     }
 
 
@@ -111,9 +114,8 @@ def check_nodes(run_dir: str) -> None:
             ) from err
         for name, version in mine.items():
             if theirs[name] != version:
-                raise ClusterError(
-                    f"{node}: has {name} {theirs[name]}, the driver {version}. Use one image for all nodes."
-                )
+                remedy = "Use one image for all nodes, and one RAY_AUTH_MODE to start Ray and for jobs (token by default)."
+                raise ClusterError(f"{node}: has {name} {theirs[name]}, the driver {version}. {remedy}")
         if not sees_it:
             raise ClusterError(f"{node}: does not see run_dir={run_dir}. Put it where all nodes see it, or use a URI.")
 

@@ -60,6 +60,11 @@ def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
         raise ClusterError(
             f"address={address}: no Ray answers there ({err}). Start one, or leave the address out."
         ) from err
+    except ray.exceptions.AuthenticationError as err:
+        raise ClusterError(
+            f"address={address}: another token than this cluster's ({excerpt(err.message)}). "
+            "Copy the head's ~/.ray/auth_token here, and set RAY_AUTH_MODE as it is set there."
+        ) from err
     for logger in loggers:
         logger.handlers[:] = [handler]
         logger.propagate = False
