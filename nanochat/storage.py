@@ -369,6 +369,11 @@ class RunFolder:
         return join(tempfile.gettempdir(), f"nanochat_{os.getpid()}_ray.log")
 
     @property
+    def usage(self) -> str:
+        """One JSON line per minute of a line's stages: nodes at work, idle, waited for, and their cost."""
+        return join(self.root, "usage.jsonl")
+
+    @property
     def report(self) -> str:
         """The page with curves, samples and machine."""
         return join(self.root, "report.html")

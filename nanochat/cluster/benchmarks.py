@@ -253,7 +253,10 @@ def measure_streaming(root: str, corpus: str, tokens: int = 60_000_000) -> dict[
     """Read steps of 524,288 tokens through Ray Data into one consumer, as a training worker would."""
     import ray.data
 
+    from nanochat.cluster.session import start_ray
+
     shards, *_ = prepared(RunFolder(root), corpus)
+    start_ray()
     rows_per_step = 1024
     num_steps = max(4, tokens // (rows_per_step * shards.sequence_len))
     spec = StreamSpec(

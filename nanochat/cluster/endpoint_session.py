@@ -109,9 +109,10 @@ def serve_session(serving: ServingConfig, replicas: ReplicasConfig, cluster: Clu
     if folder is not None:
         os.environ.update(haproxy_environment(folder, serving, replicas))
     try:
-        from nanochat.cluster.session import session
+        from nanochat.cluster.session import session, start_ray
 
         with session(cluster, serving.run_dir):
+            start_ray()
             from ray import serve
 
             logging.getLogger("ray.serve").handlers[:] = logging.getLogger("ray").handlers

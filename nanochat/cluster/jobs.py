@@ -8,7 +8,7 @@ from typing import Any
 
 from nanochat import storage
 from nanochat.cluster.nodes import resources
-from nanochat.cluster.session import actor_map, ray_context
+from nanochat.cluster.session import actor_map, ray_context, start_ray
 from nanochat.cluster.terminal import Terminal, on_interrupt
 from nanochat.cluster.trainer import (
     pretrain_worker,
@@ -27,7 +27,7 @@ from nanochat.data.document_shards import write_token_shards
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
 from nanochat.errors import ConfigError
-from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
+from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table, scored_before
 from nanochat.provenance import begin_stage, check_stage, file_identity
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
@@ -95,12 +95,12 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
     tokenizer = Tokenizer.load(folder.tokenizer)
     plan = planning.resolve(config, tokenizer.vocab_size, shards.sequence_len)
     begin_stage(folder.pretrain.root, {"pretrain": config}, plan.as_json() | {"shards": shards.manifest_hash})
-    terminal.line(
-        f"pretrain   {plan.as_json()['parameters']['total']:,} parameters, {plan.num_steps} steps of "
-        f"{plan.tokens_per_step:,} tokens; Ctrl-C leaves with a checkpoint, the same command goes on"
-    )
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
+        terminal.line(
+            f"pretrain   {plan.as_json()['parameters']['total']:,} parameters, {plan.num_steps} steps of "
+            f"{plan.tokens_per_step:,} tokens; Ctrl-C leaves with a checkpoint, the same command goes on"
+        )
         return train_on_ray(
             config, plan, cluster, shards, folder.tokenizer, folder.pretrain, watch, pretrain_worker
         )  # fmt: skip
@@ -147,12 +147,12 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
             "--global-batch-tokens makes steps smaller."
         )
     terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in sft.inherited.items())}")
-    terminal.line(
-        f"sft        from {base.folder}: {sft.plan.num_steps} steps of {sft.plan.tokens_per_step:,} tokens, "
-        f"{shards.rows('train')} rows; Ctrl-C leaves with a checkpoint, the same command goes on"
-    )
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
+        terminal.line(
+            f"sft        from {base.folder}: {sft.plan.num_steps} steps of {sft.plan.tokens_per_step:,} tokens, "
+            f"{shards.rows('train')} rows; Ctrl-C leaves with a checkpoint, the same command goes on"
+        )
         held_out = [Excerpt(task, max(1, config.chat_problems)) for task in mixture.held_out]
         worker = functools.partial(sft_worker, held_out, base)
         return train_on_ray(config, sft.plan, cluster, shards, folder.tokenizer, folder.sft, watch, worker)
@@ -173,8 +173,6 @@ def evaluate_models(
 
     Any number of actors gives the same.
     """
-    gpus = int(resources("train", cluster).get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
-    actors = config.actors or max(1, gpus)
     config = replace(config, models=config.models or (() if config.hf else chat_models(run_dir)))
     models = [named_model(run_dir, name, terminal.line) for name in config.models]
     for model in models:
@@ -184,12 +182,19 @@ def evaluate_models(
         terminal.line(f"identity   the character that was trained: {character}")
     if config.hf is not None:
         models.append(Model(f"hf_{storage.name_of(config.hf.rstrip('/'))}", None))
-    run = RunContext(
-        use_gpu=gpus > 0, local_world_size=actors, progress=terminal.live, note=terminal.line,
-        map=actor_map(actors, 1.0 if gpus else 0.0, cluster, terminal.line),
-    )  # fmt: skip
-    evaluator = Evaluator(config, run, run_dir, models)
-    results = evaluate(evaluator, run)
+    evaluator = Evaluator(config, RunContext(note=terminal.line), run_dir, models)
+    results = scored_before(evaluator)
+    if results is None:
+        start_ray()
+        gpus = int(resources("train", cluster).get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
+        actors = config.actors or max(1, gpus)
+        run = RunContext(
+            use_gpu=gpus > 0, local_world_size=actors, progress=terminal.live, note=terminal.line,
+            map=actor_map(actors, 1.0 if gpus else 0.0, cluster, terminal.line),
+        )  # fmt: skip
+        results = evaluate(Evaluator(config, run, run_dir, models), run)
+    else:
+        terminal.line(f"scored     before; without {RunFolder(run_dir).evaluation.root}/MODEL.json it is done again")
     storage.write_json(RunFolder(run_dir).summary, summary(run_dir))
     for line in score_table(results):
         terminal.line(line)

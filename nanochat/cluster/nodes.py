@@ -114,7 +114,9 @@ def check_nodes(run_dir: str) -> None:
             ) from err
         for name, version in mine.items():
             if theirs[name] != version:
-                remedy = "Use one image for all nodes, and one RAY_AUTH_MODE to start Ray and for jobs (token by default)."
+                remedy = (
+                    "Use one image for all nodes, and one RAY_AUTH_MODE to start Ray and for jobs (token by default)."
+                )
                 raise ClusterError(f"{node}: has {name} {theirs[name]}, the driver {version}. {remedy}")
         if not sees_it:
             raise ClusterError(f"{node}: does not see run_dir={run_dir}. Put it where all nodes see it, or use a URI.")

@@ -10,6 +10,7 @@ from typing import Any
 from nanochat.cluster.jobs import named_model, watched
 from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
 from nanochat.cluster.rollouts import RolloutSpec
+from nanochat.cluster.session import start_ray
 from nanochat.cluster.terminal import Terminal
 from nanochat.cluster.trainer import TrainJob, check_workers, rl_worker, run_on_ray
 from nanochat.config.cluster import ClusterConfig
@@ -69,7 +70,6 @@ def practise(
     """
     folder, config, base = RunFolder(run_dir), practice.config, practice.base
     plan, inherited, task, held_out = practice.plan, practice.inherited, practice.task, practice.held_out
-    workers, actors, gpus_each, use_gpu = share_machines(cluster, rollouts, terminal.line)
     begin_stage(
         folder.rl.root, {"rl": config, "rollouts": rollouts},
         plan.as_json() | {"inherited": inherited, "base": base.folder, "base_sha256": base.weights_sha256},
@@ -78,24 +78,26 @@ def practise(
     scored = min(config.held_out_problems, len(held_out))
     terminal.line(f"practice   {config.task}: {len(task):,} problems, {scored} of {len(held_out):,} held out")
     terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in inherited.items())}")
-    terminal.line(
-        f"rl         from {base.folder}: {config.num_steps} updates of {config.groups_per_step} groups of "
-        f"{config.samples_per_group}, {workers} learning and {actors} sampling; Ctrl-C leaves with a checkpoint, the "
-        "same command goes on"
-    )
-    spec = RolloutSpec(
-        config=config, actors=actors,
-        rollouts=replace(rollouts, gpus_per_actor=rollouts.gpus_per_actor or gpus_each or 1.0),
-        model=plan.model, tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(),
-        use_gpu=use_gpu, processes=workers + actors, placement=on_nodes_for("rollouts", cluster),
-    )  # fmt: skip
-    job = TrainJob(
-        config=config, tokenizer_folder=folder.tokenizer, folder=folder.rl, use_gpu=use_gpu,
-        worker=functools.partial(rl_worker, spec, base, Excerpt(held_out, max(1, config.held_out_problems))),
-        workers=list(range(cluster.min_workers or workers, workers + 1)), gpus_per_worker=gpus_each or 1.0,
-    )  # fmt: skip
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
+        start_ray()
+        workers, actors, gpus_each, use_gpu = share_machines(cluster, rollouts, terminal.line)
+        terminal.line(
+            f"rl         from {base.folder}: {config.num_steps} updates of {config.groups_per_step} groups of "
+            f"{config.samples_per_group}, {workers} learning and {actors} sampling; Ctrl-C leaves with a checkpoint, "
+            "the same command goes on"
+        )
+        spec = RolloutSpec(
+            config=config, actors=actors,
+            rollouts=replace(rollouts, gpus_per_actor=rollouts.gpus_per_actor or gpus_each or 1.0),
+            model=plan.model, tokenizer_folder=folder.tokenizer, tasks_folder=folder.tasks, working_folder=os.getcwd(),
+            use_gpu=use_gpu, processes=workers + actors, placement=on_nodes_for("rollouts", cluster),
+        )  # fmt: skip
+        job = TrainJob(
+            config=config, tokenizer_folder=folder.tokenizer, folder=folder.rl, use_gpu=use_gpu,
+            worker=functools.partial(rl_worker, spec, base, Excerpt(held_out, max(1, config.held_out_problems))),
+            workers=list(range(cluster.min_workers or workers, workers + 1)), gpus_per_worker=gpus_each or 1.0,
+        )  # fmt: skip
         return run_on_ray(job, config.num_steps, cluster, watch)
 
     tokenizer_hash = Tokenizer.load(folder.tokenizer).hash

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,17 +28,58 @@ from nanochat.run_context import RunContext
 PACKAGE_PLACE = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks what `ray job submit --working-dir` sends."""
 LOCAL_MIN_CPUS = 4
+MAX_LOSSES = 4
+"""So many actors may be lost at one piece of work before it is taken for their cause."""
 LOCAL_OBJECT_STORE_BYTES = 512 << 20
+
+
+class _Session:
+    """Where Ray's words go, and how it is started when something first needs it."""
+
+    def __init__(self, config: ClusterConfig, run_dir: str, handler: logging.FileHandler) -> None:
+        self.address, self.run_dir, self.handler = address_of(config), run_dir, handler
+        self.loggers = [logging.getLogger(name) for name in ("ray", "ray.data", "ray.train")]
+        self.is_started = False
+
+    def start(self) -> None:
+        """Join or start Ray, once; signals keep their handlers: Ray's own ends the process with a C++ trace."""
+        if self.is_started:
+            return
+        self.is_started = True
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        context = _start_local() if self.address is None else _join(self.address)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for logger in self.loggers:
+            logger.handlers[:] = [self.handler]
+            logger.propagate = False
+            logger.setLevel(logging.INFO)
+        self.loggers[0].info("the logs of Ray's processes are in %s/logs", context.address_info["session_dir"])
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        if self.address is not None:
+            check_nodes(self.run_dir)
+
+    def end(self) -> None:
+        """Leave or end Ray."""
+        if self.is_started:
+            ray.shutdown()
+        for logger in self.loggers:
+            logger.handlers[:] = []
+        self.handler.close()
+
+
+_sessions: list[_Session] = []
+"""The session that is open, if one is: Ray, too, is one for a process."""
 
 
 @contextlib.contextmanager
 def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
-    """Join or start Ray for the time of the block; what Ray says goes to the run directory's `ray_log`.
+    """Have a Ray for the time of the block: `start_ray` joins or starts it when something first needs it.
 
-    Entry points call `environment.set_ray_environment()` before they import this module.
+    What Ray says goes to the run directory's `ray_log`. Entry points call `environment.set_ray_environment()` before
+    they import this module.
 
-    Raises: ClusterError if the address does not answer, or for a node of the cluster as `check_nodes`; ConfigError for
-    a run directory in a job's own copy of the project.
+    Raises: ConfigError for a run directory in a job's own copy of the project.
     """
     log_path = storage.RunFolder(run_dir).ray_log
     if PACKAGE_PLACE in storage.absolute(run_dir):
@@ -49,46 +90,42 @@ def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
     os.makedirs(os.path.dirname(log_path) or ".", exist_ok=True)
     handler = logging.FileHandler(log_path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.data", "ray.train")]
-    address = address_of(config)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _sessions.append(_Session(config, run_dir, handler))
     try:
-        if address is None:
-            context = _start_local()
-        else:
-            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        # Ray prints some of its warnings, and what its nodes say of workers that die.
+        with contextlib.redirect_stderr(handler.stream), contextlib.redirect_stdout(handler.stream):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _sessions.pop().end()
+
+
+def start_ray() -> None:
+    """Join or start the Ray of the open session, if that has not happened yet.
+
+    Raises: ClusterError if the address does not answer or wants another token, or for a node as `check_nodes`.
+    """
+    _sessions[-1].start()
+
+
+def address_of(config: ClusterConfig) -> str | None:
+    """Return the address of the cluster to join; None = this machine alone."""
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
+def _join(address: str) -> Any:
+    try:
+        return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, TimeoutError, ValueError) as err:
         raise ClusterError(
             f"address={address}: no Ray answers there ({err}). Start one, or leave the address out."
         ) from err
     except ray.exceptions.AuthenticationError as err:
         raise ClusterError(
-            f"address={address}: another token than this cluster's ({excerpt(err.message)}). "
+            f"address={address}: wants another token than this process has ({excerpt(err.message)}). "
             "Copy the head's ~/.ray/auth_token here, and set RAY_AUTH_MODE as it is set there."
         ) from err
-    for logger in loggers:
-        logger.handlers[:] = [handler]
-        logger.propagate = False
-        logger.setLevel(logging.INFO)
-    loggers[0].info("the logs of Ray's processes are in %s/logs", context.address_info["session_dir"])
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own ends the process with a C++ trace
-    try:
-        # Ray prints some of its warnings, and what its nodes say of workers that die.
-        with contextlib.redirect_stderr(handler.stream), contextlib.redirect_stdout(handler.stream):
-            if address is not None:
-                check_nodes(run_dir)
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
-        for logger in loggers:
-            logger.handlers[:] = []
-        handler.close()
-
-
-def address_of(config: ClusterConfig) -> str | None:
-    """Return the address of the cluster to join; None = this machine alone."""
-    return config.address or os.environ.get("RAY_ADDRESS")
 
 
 def _start_local() -> Any:
@@ -109,6 +146,7 @@ def ray_map(fn: Callable[[Any], Any], items: Iterable[Any], cluster: ClusterConf
 
     A task whose worker or node dies is run again, up to three times. Raises: what `fn` raised, as it was.
     """
+    start_ray()
     task = ray.remote(max_retries=3, **on_nodes_for("data", cluster))(_apply)
     function = ray.put(fn)
     ahead = 2 * int(ray.cluster_resources().get("CPU", 1))  # also bounds what still runs after an error
@@ -139,58 +177,84 @@ class _Actor:
         return self.fn(item)
 
 
+class _ActorPool:
+    """Actors that hold a function; one that is lost, or cannot be reached, is replaced and its item given again.
+
+    Ray's own retries are not used: those of a node that has just gone are spent in seconds, before it is known as gone.
+    """
+
+    def __init__(self, fn: Callable[[Any], Any], actors: int, options: dict[str, Any]) -> None:
+        self.fn, self.start = ray.put(fn), ray.remote(_Actor).options(**options).remote
+        self.free = deque(self.start(self.fn) for _ in range(actors))
+        self.running: dict[Any, tuple[int, Any, Any]] = {}
+        """For each result that is due the item's number, the item, and its actor."""
+        self.done: dict[int, Any] = {}
+        self.losses: Counter[int] = Counter()
+
+    def give(self, number: int, item: Any) -> None:
+        """Let a free actor do an item."""
+        actor = self.free.popleft()
+        self.running[actor.apply.remote(item)] = (number, item, actor)
+
+    def collect(self) -> None:
+        """Wait for one result and keep it, or replace an actor. Raises: ClusterError for an item that kills them."""
+        (ready,), _ = ray.wait(list(self.running), num_returns=1)
+        number, item, actor = self.running.pop(ready)
+        try:
+            self.done[number] = ray.get(ready)
+        except ray.exceptions.RayActorError as err:
+            self.losses[number] += 1
+            if self.losses[number] == MAX_LOSSES:
+                raise ClusterError(
+                    f"actors: {MAX_LOSSES} were lost at the same work ({excerpt(err)}). Look into Ray's log for why."
+                ) from err
+            ray.kill(actor)
+            self.free.appendleft(self.start(self.fn))
+            self.give(number, item)
+        else:
+            self.free.append(actor)
+
+    def end(self) -> None:
+        """End all of them."""
+        for actor in [*self.free, *(actor for *_, actor in self.running.values())]:
+            ray.kill(actor)
+
+
 def actor_map(
     actors: int, num_gpus: float, cluster: ClusterConfig = ANYWHERE, note: Callable[[str], None] = print
 ) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
     """Return a map over so many actors, each of which keeps the function, and the model that it loads.
 
-    An actor that dies is started again and its item done again, an item up to three times; results come in the items'
-    order. Raises: what the function raised, as it was.
+    An actor that is lost is replaced and its item done again, up to three times; results come in the items' order.
+    Raises: what the function raised, as it was; ClusterError if there is no room, or for an item that kills actors.
     """
 
     def apply_all(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        start_ray()
         kind, each = ("GPU", num_gpus) if num_gpus else ("CPU", 0.5)
         check_resources(f"actors={actors}", {kind: actors * each}, "train", cluster, "Ask for fewer --actors.", note)
-        options = {"num_cpus": 0 if num_gpus else each, "num_gpus": num_gpus, "max_restarts": -1, "max_task_retries": 3}
-        options |= on_nodes_for("train", cluster)
-        pool = [ray.remote(_Actor).options(**options).remote(fn) for _ in range(actors)]
-        free = deque(pool)
-        running: dict[Any, tuple[int, Any]] = {}
-        done: dict[int, Any] = {}
+        options = {"num_cpus": 0 if num_gpus else each, "num_gpus": num_gpus} | on_nodes_for("train", cluster)
+        pool = _ActorPool(fn, actors, options)
         give = 0
         try:
             for number, item in enumerate(items):
-                if not free:
-                    _collect(running, done, free)
-                actor = free.popleft()
-                running[actor.apply.remote(item)] = (number, actor)
-                while give in done:
-                    yield done.pop(give)
+                while not pool.free:
+                    pool.collect()
+                pool.give(number, item)
+                while give in pool.done:
+                    yield pool.done.pop(give)
                     give += 1
-            while running or done:
-                while give not in done:
-                    _collect(running, done, free)
-                yield done.pop(give)
+            while pool.running or pool.done:
+                while give not in pool.done:
+                    pool.collect()
+                yield pool.done.pop(give)
                 give += 1
         except ray.exceptions.RayTaskError as err:
             raise with_story(err.cause, "in an actor", str(err)) from None
-        except ray.exceptions.RayActorError as err:
-            raise ClusterError(
-                f"actors: one died four times at the same work ({excerpt(err)}). Look into Ray's log for why."
-            ) from err
         finally:
-            for actor in pool:
-                ray.kill(actor)
+            pool.end()
 
     return apply_all
-
-
-def _collect(running: dict[Any, tuple[int, Any]], done: dict[int, Any], free: deque[Any]) -> None:
-    """Wait for one result and keep it under its item's number."""
-    (ready,), _ = ray.wait(list(running), num_returns=1)
-    number, actor = running.pop(ready)
-    done[number] = ray.get(ready)
-    free.append(actor)
 
 
 def ray_context(progress: Callable[[str], None], cluster: ClusterConfig = ANYWHERE) -> RunContext:

@@ -23,6 +23,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from nanochat import storage
 from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
 from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
+from nanochat.cluster.session import start_ray
 from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
@@ -201,6 +202,7 @@ def train_on_ray(
     Raises: what a worker raised if another try would repeat it, or after max_failures tries.
     """
     shards.check_tokenizer(Tokenizer.load(tokenizer_folder))
+    start_ray()
     workers, use_gpu = workers_of(cluster, folder.note)
     spec = StreamSpec(
         shards=shards, seed=config.seed, rows_per_step=plan.rows_per_step, num_steps=plan.num_steps,

@@ -193,7 +193,33 @@ def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]
         if following is None or following.result != item.result:
             kept[item.model] = _keep(evaluator, kept[item.model], item, found)
             found = {}
+    for name, scores in kept.items():
+        scores["complete"] = [*scores.get("complete", []), _asked(evaluator.config)]
+        storage.write_json(scores_path(evaluator.folder, name), scores)
     return kept
+
+
+def scored_before(evaluator: Evaluator) -> dict[str, dict[str, Any]] | None:
+    """Return each model's results if all that is asked for was scored before, of these weights; else None.
+
+    Raises: DamagedFileError as `evaluate`.
+    """
+    found = {}
+    for name, model in evaluator.models.items():
+        path = scores_path(evaluator.folder, name)
+        if model.checkpoint is None or not storage.exists(path):
+            return None
+        found[name] = read_scores(path)
+        same = found[name]["weights"] == Checkpoint(model.checkpoint).weights_sha256
+        if not same or _asked(evaluator.config) not in found[name].get("complete", []):
+            return None
+    return found
+
+
+def _asked(config: EvaluationConfig) -> dict[str, Any]:
+    """Return what a config asks for, as JSON has it, without who does it."""
+    asked = asdict(replace(config, models=(), actors=None, batch_tokens=None, task_mirror=None))
+    return asked | {"tasks": list(config.tasks), "models": []}
 
 
 def _keep(evaluator: Evaluator, before: dict[str, Any], item: Item, found: dict[str, list[Any]]) -> dict[str, Any]:

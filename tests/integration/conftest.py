@@ -11,10 +11,11 @@ set_ray_environment()
 
 @pytest.fixture(scope="module")
 def ray_session(tmp_path_factory):
-    from nanochat.cluster.session import session
+    from nanochat.cluster.session import session, start_ray
     from nanochat.config.cluster import ClusterConfig
 
     with session(ClusterConfig(), str(tmp_path_factory.mktemp("ray"))):
+        start_ray()
         yield
 
 

@@ -1,0 +1,83 @@
+"""All stages in order, as one job. A stage says itself what is missing of it: what is complete starts no Ray, no node.
+
+Data comes first and asks for CPUs alone, so nodes with GPUs come when there is something to train on; a stage's
+workers are gone when it ends, and with them what keeps its nodes.
+"""
+
+import time
+from dataclasses import replace
+
+from nanochat import storage
+from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base
+from nanochat.cluster.rl_job import practise, prepare_practice
+from nanochat.cluster.session import session
+from nanochat.cluster.terminal import Terminal
+from nanochat.cluster.usage import Usage
+from nanochat.config.line import STAGES, LineConfig
+from nanochat.config.serving import ServingConfig
+from nanochat.pages.report import write_report
+from nanochat.pages.walk import write_walk
+from nanochat.storage import RunFolder
+from nanochat.training import plan as planning
+from nanochat.training.checkpoint import STAGES as MODELS
+
+
+def run_line(line: LineConfig, terminal: Terminal, is_check: bool = False) -> None:
+    """Do the stages that are asked for and not complete, write the pages, then serve if that is asked for.
+
+    With `is_check` it serves until one answer has come. Raises: what a stage raises.
+    """
+    start_s = time.monotonic()
+    folder = RunFolder(line.run_dir)
+    work = {"data": _data, "pretrain": _pretrain, "sft": _sft, "rl": _rl, "evaluate": _evaluate}
+    usage = Usage(folder, line.prices())
+    with session(line.cluster, line.run_dir):
+        for stage in (name for name in STAGES if name in line.stages and name in work):
+            with usage.of(stage):
+                work[stage](line, terminal)
+    terminal.line(f"report     {write_report(line.run_dir)}")
+    terminal.line(f"walk       {write_walk(line.run_dir)}")
+    terminal.line(f"done in {(time.monotonic() - start_s) / 60:.1f} minutes{usage.cost_text()}")
+    if "serve" in line.stages:
+        _serve(line, terminal, is_check)
+
+
+def _data(line: LineConfig, terminal: Terminal) -> None:
+    plan = planning.resolve(line.pretrain, line.tokenizer.vocab_size, line.shards.sequence_len)
+    tokens = plan.num_steps * plan.tokens_per_step
+    prepare_data(line.run_dir, line.corpus, line.tokenizer, line.shards, tokens, line.cluster, terminal)
+
+
+def _pretrain(line: LineConfig, terminal: Terminal) -> None:
+    pretrain_base(line.run_dir, line.pretrain, line.cluster, terminal)
+
+
+def _sft(line: LineConfig, terminal: Terminal) -> None:
+    finetune_chat(line.run_dir, line.sft, line.cluster, terminal)
+
+
+def _rl(line: LineConfig, terminal: Terminal) -> None:
+    practice = prepare_practice(line.run_dir, line.rl, terminal)
+    practise(line.run_dir, practice, line.rollouts, line.cluster, terminal)
+
+
+def _evaluate(line: LineConfig, terminal: Terminal) -> None:
+    models = _trained(line)
+    for scoring, names in ((line.score_base, models & {"pretrain"}), (line.score_chat, models - {"pretrain"})):
+        if names:
+            scoring = replace(scoring, models=tuple(sorted(names, reverse=True)))
+            evaluate_models(line.run_dir, scoring, line.cluster, terminal)
+
+
+def _trained(line: LineConfig) -> set[str]:
+    """Return the stages that have a model."""
+    folder = RunFolder(line.run_dir)
+    return {name for name in MODELS if storage.exists(getattr(folder, name).checkpoints)}
+
+
+def _serve(line: LineConfig, terminal: Terminal, is_check: bool) -> None:
+    from nanochat.cluster.endpoint_session import free_or_any, run_endpoint
+
+    models = tuple(name for name in reversed(MODELS) if name in _trained(line))
+    serving = ServingConfig(run_dir=line.run_dir, models=models, port=line.port or free_or_any(8000))
+    run_endpoint(serving, line.replicas, line.cluster, terminal, is_check=is_check)

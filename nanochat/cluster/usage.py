@@ -1,0 +1,100 @@
+"""What each stage of a line takes of the cluster: seconds of nodes at work and idle, and of waiting for any to work.
+
+A thread looks at the nodes every few seconds. A node works while something has reserved a CPU or GPU of it; a stage
+waits while none does: for nodes, for processes to start, for what the job itself computes. Looks are summed up in
+usage.jsonl, a line a minute, so a killed job loses a minute of account at most; what a resumed one takes comes on top.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import ray
+from ray._private.state import available_resources_per_node
+
+from nanochat import storage
+from nanochat.cluster.nodes import WORK_LABEL
+from nanochat.storage import RunFolder
+
+LOOK_S = 2.0
+LINE_S = 60.0
+
+
+class Usage:
+    """Keeps the account of one command."""
+
+    def __init__(self, folder: RunFolder, prices: dict[str, float]) -> None:
+        self.folder, self.prices = folder, prices
+        self.cost = 0.0
+        """Dollars so far, of this command; without prices 0."""
+
+    @contextlib.contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        """Account for a stage while the block runs."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._look, args=(stage, ended), name="usage", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _look(self, stage: str, ended: threading.Event) -> None:
+        lap, before_s = _Lap(), time.monotonic()
+        while True:
+            is_over = ended.wait(LOOK_S)
+            now_s = time.monotonic()
+            if ray.is_initialized():
+                lap.add(now_s - before_s, nodes_at_work())
+            before_s = now_s
+            if lap.elapsed_s >= LINE_S or (is_over and lap.elapsed_s):
+                record = lap.as_json(stage, self.prices)
+                storage.append_jsonl(self.folder.usage, record)
+                self.cost += record["cost"]
+                lap = _Lap()
+            if is_over:
+                return
+
+    def cost_text(self) -> str:
+        """Return what it has cost, for the end of a line."""
+        return f", {self.cost:.2f} dollars" if self.prices else ""
+
+
+class _Lap:
+    def __init__(self) -> None:
+        self.elapsed_s = self.waiting_s = 0.0
+        self.working_s: dict[str, float] = {}
+        self.idle_s: dict[str, float] = {}
+
+    def add(self, seconds: float, nodes: list[tuple[str, bool]]) -> None:
+        """Count some seconds in which these nodes, of a kind each, worked or not."""
+        self.elapsed_s += seconds
+        if not any(works for _, works in nodes):
+            self.waiting_s += seconds
+        for kind, works in nodes:
+            account = self.working_s if works else self.idle_s
+            account[kind] = account.get(kind, 0.0) + seconds
+
+    def as_json(self, stage: str, prices: dict[str, float]) -> dict:
+        """Return the record; a node costs its price whether it works or not."""
+        there = {kind: self.working_s.get(kind, 0.0) + self.idle_s.get(kind, 0.0) for kind in
+                 self.working_s | self.idle_s}  # fmt: skip
+        return {
+            "stage": stage, "elapsed_s": self.elapsed_s, "waiting_s": self.waiting_s, "working_s": self.working_s,
+            "idle_s": self.idle_s, "cost": sum(prices.get(kind, 0.0) * s / 3600 for kind, s in there.items()),
+        }  # fmt: skip
+
+
+def nodes_at_work() -> list[tuple[str, bool]]:
+    """Return each node's kind, its label `work` or else `node`, and whether a CPU or GPU of it is reserved."""
+    free = available_resources_per_node()
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            left = free.get(node["NodeID"], {})
+            has = {kind: node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")}
+            works = any(left.get(kind, 0.0) < amount for kind, amount in has.items())
+            found.append((node["Labels"].get(WORK_LABEL, "node"), works))
+    return found
