@@ -15,13 +15,13 @@ index := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 help:
 	@echo "make demo      train a tokenizer, a base model and a chat model here, let it practise, show and serve it"
 	@echo "               TORCH_INDEX=URL  take torch from another index (a smaller CPU build)"
-	@echo "               DEMO_FLAGS='--corpus PATH'  use other text; see ray_jobs/demo.py --help"
+	@echo "               DEMO_FLAGS='--corpus.corpus PATH'  use other text; see ray_jobs/speedrun.py demo --help"
 	@echo "make test      lint, types, unit tests, and one real-Ray test per promise"
 	@echo "make test-all  everything that runs by itself; make soak: the long fault tests"
 	@echo "make clean     delete .venv and caches; runs/ stays"
 
 demo: .venv/installed
-	@$(bin)/python ray_jobs/demo.py --run-dir $(RUN_DIR) $(DEMO_FLAGS)
+	@$(bin)/python ray_jobs/speedrun.py demo --run-dir $(RUN_DIR) $(DEMO_FLAGS)
 
 test: lint test-unit
 	@$(bin)/python -m pytest tests/integration tests/e2e -m "not slow and not soak and not gpu"

@@ -20,6 +20,7 @@ from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
 from nanochat.cluster.terminal import Terminal
 from nanochat.cluster.trainer import TrainJob, rl_worker, run_on_ray, worker_context
 from nanochat.config.cluster import ClusterConfig
+from nanochat.config.presets import WORD_PROBLEMS
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.inference.engine import Event
@@ -40,12 +41,8 @@ CLUSTER = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
 
 
 def word_problems(num_steps: int, seed: int = 0) -> RLConfig:
-    """Return what the demo and the benchmark practise: problems of two steps, of which fine-tuning saw few."""
-    return RLConfig(
-        task="arithmetic:two_step", held_out="arithmetic:two_step_test", num_steps=num_steps, seed=seed,
-        groups_per_step=16, samples_per_group=8, max_new_tokens=96, temperature=0.8, first_lr_factor=0.4,
-        evaluate_every=0, held_out_problems=400, sample_every=4, checkpoint_every=0,
-    )  # fmt: skip
+    """Return what the demo practises, scored on more problems and never saved on the way."""
+    return replace(WORD_PROBLEMS, num_steps=num_steps, seed=seed, held_out_problems=400, checkpoint_every=0)
 
 
 def measure_learning(run_dir: str, seeds: int, num_steps: int, terminal: Terminal) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class LineConfig:
     smoke: bool = False
     """First go through all stages but serve in `run_dir`/smoke with ten steps each, on the same nodes."""
     price: tuple[str, ...] = ()
-    """Price of a node for an hour, as KIND=PRICE, for the report; the kind is the node's label `work`, or else: node."""
+    """Price of a node-hour as KIND=PRICE, for the report; the kind is the node's label `work`, or else: node."""
     port: int = 0
     """Port of the endpoint; 0 = 8000, or any where that is taken."""
 

@@ -36,6 +36,8 @@ CONFIGS: dict[str, type[Any]] = {
 }
 
 Record = dict[str, Any]
+USAGE = ("elapsed_s", "waiting_s", "working_s", "idle_s", "cost")
+"""Of a stage: time, and how much of it no node worked; time of nodes that worked, and that were only there; dollars."""
 
 
 def write_report(run_dir: str) -> str:
@@ -58,8 +60,22 @@ def write_report(run_dir: str) -> str:
         "machine": machine_rows(trained or prepared, next(filter(None, map(_read, machines)), {})),
         "starts": [record.get("note", "") for record in storage.read_jsonl(folder.pretrain.notes)],
     }
-    values |= chat_values(folder) | rl_values(folder)
+    values |= chat_values(folder) | rl_values(folder) | {"usage": usage_rows(storage.read_jsonl(folder.usage))}
     return write_page(folder.report, "report.html", values)
+
+
+def usage_rows(records: list[Record]) -> list[Record]:
+    """Return what each stage took of the cluster, summed up, then a row for all; none without an account."""
+    sums: dict[str, Record] = {}
+    for record in records:
+        for stage in (record["stage"], "all"):
+            row = sums.setdefault(stage, {"stage": stage} | dict.fromkeys(USAGE, 0.0))
+            for name in ("elapsed_s", "waiting_s", "cost"):
+                row[name] += record[name]
+            for name in ("working_s", "idle_s"):
+                row[name] += sum(record[name].values())
+    rows = list(sums.values())
+    return [row for row in rows if row["stage"] != "all"] + [row for row in rows if row["stage"] == "all"]
 
 
 def training_figures(records: list[Record]) -> Record:

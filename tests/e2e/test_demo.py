@@ -64,9 +64,12 @@ def losses_and_scores(run_dir: Path) -> tuple[list[dict], list[float]]:
 def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     """The first command of the README; the same again finds everything done and trains no step twice."""
     run_dir = tmp_path / "demo"
-    flags = ("--corpus", text, "--depth", 1, "--num-steps", 4, "--sft-steps", 2, "--rl-steps", 1, "--problems", 8)
-    flags = (*flags, "--run-dir", run_dir)
-    said = command("demo", *flags, timeout_s=200, compiled=compiled)
+    flags = (
+        "demo", "--run-dir", run_dir, "--corpus.corpus", text, "--pretrain.depth", 1, "--pretrain.num-steps", 4,
+        "--sft.num-steps", 2, "--rl.num-steps", 1, "--rl.held-out-problems", 8, "--score-base.max-per-task", 8,
+        "--score-chat.max-per-task", 8, "--price", "node=0.36",
+    )  # fmt: skip
+    said = command("speedrun", *flags, timeout_s=200, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     losses, scores = losses_and_scores(run_dir)
     assert [record["step"] for record in losses] == [0, 3]
@@ -102,13 +105,27 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     weights = next((run_dir / "pretrain" / "checkpoints" / "step_000004").glob("model*.safetensors"))
     written = weights.stat().st_mtime_ns
 
-    said = command("demo", *flags, timeout_s=140, compiled=compiled)
+    account = usage_of(run_dir, said)
+    said = command("speedrun", *flags, timeout_s=140, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     again, scores_again = losses_and_scores(run_dir)
     assert again == losses, "a step was trained again"
     assert scores_again == scores
     assert weights.stat().st_mtime_ns == written
     assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert read_jsonl(str(run_dir / "usage.jsonl")) == account, "no Ray was started before it served"
+
+
+def usage_of(run_dir: Path, said: str) -> list[dict]:
+    """The account of the stages, after a look at it: one node was there all the time."""
+    account = read_jsonl(str(run_dir / "usage.jsonl"))
+    stages = [one["stage"] for one in account]
+    assert sorted(set(stages), key=stages.index) == ["data", "pretrain", "sft", "rl", "evaluate"]
+    assert all(one["elapsed_s"] > one["waiting_s"] >= 0 for one in account)
+    cost = sum(one["cost"] for one in account)
+    assert cost == pytest.approx(0.36 / 3600 * sum(one["elapsed_s"] for one in account))
+    assert f"{cost:.2f} dollars" in said
+    return account
 
 
 def assert_the_model_can_be_talked_to(run_dir: Path) -> None:
@@ -185,7 +202,7 @@ def test_no_answer_of_the_demos_model_goes_round_in_circles(tmp_path):
     run_dir = os.environ.get("NANOCHAT_DEMO_RUN")
     if run_dir is None:
         run_dir = str(tmp_path / "demo")
-        command("demo", "--run-dir", run_dir, timeout_s=1000, compiled=True)
+        command("speedrun", "demo", "--run-dir", run_dir, timeout_s=1000, compiled=True)
     checkpoint = named_checkpoint(run_dir, "sft", pytest.fail)
     tokenizer = Tokenizer.load(tokenizer_of(run_dir, checkpoint.folder))
     engine = Engine(load_model(checkpoint, tokenizer, RunContext()), max_running=32)

@@ -8,7 +8,7 @@ import pytest
 from tiny_run import HOSTILE, METRICS
 
 from nanochat import storage
-from nanochat.pages.report import charts, config_rows, training_figures, write_report
+from nanochat.pages.report import charts, config_rows, training_figures, usage_rows, write_report
 
 
 class Page(HTMLParser):
@@ -206,3 +206,26 @@ def test_a_run_without_scores_says_how_to_get_them(tiny_run, tmp_path):
     text = Page(read(write_report(str(tmp_path / "tiny")))).text
     assert "Nothing has been scored yet: run ray_jobs/evaluate.py" in text
     assert "fine-tuning has not begun" in text
+
+
+def test_what_a_stage_took_is_summed_over_restarts_and_kinds_of_nodes(tiny_run, tmp_path):
+    lap = {"elapsed_s": 60.0, "waiting_s": 6.0, "working_s": {"train": 110.0, "data": 1.0}, "idle_s": {"head": 60.0}}
+    records = [{"stage": "data"} | lap | {"cost": 1.0}, *[{"stage": "pretrain"} | lap | {"cost": 2.5}] * 2]
+    data, pretrain, every = usage_rows(records)
+    assert data == {
+        "stage": "data", "elapsed_s": 60, "waiting_s": 6, "working_s": 111, "idle_s": 60, "cost": 1.0
+    }  # fmt: skip
+    assert (pretrain["stage"], pretrain["elapsed_s"], pretrain["working_s"], pretrain["cost"]) == (
+        "pretrain",
+        120,
+        222,
+        5,
+    )
+    assert (every["stage"], every["elapsed_s"], every["cost"]) == ("all", 180, 6)
+    assert usage_rows([]) == []
+    run_dir = tmp_path / "run"
+    shutil.copytree(tiny_run, run_dir)
+    assert "Time and cost" not in Page(read(write_report(str(run_dir)))).text
+    for record in records:
+        storage.append_jsonl(f"{run_dir}/usage.jsonl", record)
+    assert "pretrain 2.0 min 12 s 3.7 min 2.0 min 5.00" in Page(read(write_report(str(run_dir)))).text

@@ -1,0 +1,72 @@
+"""The account of nodes, with nodes that a test makes up."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from nanochat import storage
+from nanochat.cluster import usage
+from nanochat.cluster.usage import Usage
+from nanochat.storage import RunFolder
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Nodes that each look finds, one list after the other; the last one stays. No look waits."""
+    found: list[list[tuple[str, bool]]] = []
+    clock = {"now_s": 0.0}
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return clock["now_s"]
+
+    class Ended:
+        def set(self) -> None:
+            pass
+
+        def wait(self, seconds: float) -> bool:
+            clock["now_s"] += seconds
+            return not found
+
+    monkeypatch.setattr(usage, "time", Clock)
+    monkeypatch.setattr(usage, "threading", SimpleNamespace(Event=Ended, Thread=threading.Thread))
+    monkeypatch.setattr(usage.ray, "is_initialized", lambda: bool(found))
+    monkeypatch.setattr(usage, "nodes_at_work", lambda: found.pop(0))
+    return found
+
+
+def test_seconds_of_nodes_are_counted_by_what_they_do(looks, tmp_path):
+    looks += [
+        [("head", False)],
+        [("head", False), ("train", True), ("train", False)],
+        [("head", False), ("train", True)],
+    ]
+    folder = RunFolder(str(tmp_path))
+    account = Usage(folder, {"train": 3600.0, "head": 36.0})
+    with account.of("pretrain"):
+        pass
+    (record,) = storage.read_jsonl(folder.usage)
+    assert record == {
+        "stage": "pretrain", "elapsed_s": 6.0, "waiting_s": 2.0, "working_s": {"train": 4.0},
+        "idle_s": {"head": 6.0, "train": 2.0}, "cost": pytest.approx(6.0 + 0.06),
+    }  # fmt: skip
+    assert account.cost == pytest.approx(6.06)
+    assert account.cost_text() == ", 6.06 dollars"
+
+
+def test_there_is_a_line_every_minute_and_the_rest_at_the_end(looks, tmp_path):
+    looks += [[("node", True)]] * 70
+    folder = RunFolder(str(tmp_path))
+    with Usage(folder, {}).of("sft"):
+        pass
+    assert [record["elapsed_s"] for record in storage.read_jsonl(folder.usage)] == [60.0, 60.0, 20.0]
+
+
+def test_a_stage_that_needs_no_ray_takes_nothing(looks, tmp_path):
+    account = Usage(RunFolder(str(tmp_path)), {})
+    with account.of("sft"):
+        pass
+    assert storage.read_jsonl(account.folder.usage) == []
+    assert account.cost_text() == ""
