@@ -28,6 +28,8 @@ class RunContext:
     """How much of its GPU's memory is this worker's."""
     use_gpu: bool = True
     """Whether to compute on a GPU where there is one."""
+    seconds_left: Callable[[], float | None] = field(default=lambda: None)
+    """How long until a node of this run is taken away (spot, maintenance); None = nobody has said so."""
     map: Map = field(default=map)
     """How independent items are worked on."""
     progress: Callable[[str], None] = field(default=lambda line: None)

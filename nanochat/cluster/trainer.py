@@ -18,6 +18,8 @@ import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import DEFAULT_PREEMPTION_DEADLINE_S
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat import storage
@@ -170,12 +172,24 @@ def worker_context(job: TrainJob) -> RunContext:
     context = ray.train.get_context()
     return RunContext(
         use_gpu=job.use_gpu,
+        seconds_left=_seconds_left,
         gpu_share=job.gpus_per_worker,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         local_world_size=context.get_local_world_size(),
     )
+
+
+def _seconds_left() -> float | None:
+    """Return how long this group's first node to be taken away has; None = none is, as far as this worker knows.
+
+    Ray's public `get_preemption_info` is a barrier of all workers: too much for every step, where they agree anyway.
+    """
+    info = get_train_context().preemption_context.preemption_info
+    if info is None:
+        return None
+    return DEFAULT_PREEMPTION_DEADLINE_S if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()
 
 
 def inputs_of(job: TrainJob, run: RunContext) -> TrainingInputs:

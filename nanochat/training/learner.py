@@ -3,6 +3,7 @@
 Sources: the parts are nanochat's (base_train.py@92d63d4); the recipe for exact resume is this project's.
 """
 
+import enum
 import math
 import uuid
 from collections.abc import Mapping
@@ -28,6 +29,16 @@ from nanochat.training.metrics import MetricsWriter
 from nanochat.training.plan import Plan
 
 Config = TypeVar("Config", bound=LearnerConfig)
+LAST_SAVE_S = 20.0
+"""So long before a node is taken away the last checkpoint is begun."""
+
+
+class Request(enum.IntEnum):
+    """What the first worker asks all of them to do after a step."""
+
+    NOTHING = 0
+    SAVE = 1
+    LEAVE = 2
 
 
 class Learner(Generic[Config]):
@@ -58,6 +69,7 @@ class Learner(Generic[Config]):
         )  # fmt: skip
         self.metrics = MetricsWriter(folder, enabled=run.rank == 0, wandb=config.wandb, config=asdict(config))
         self.saved_step = -1
+        self._saves_with_s_left = [LAST_SAVE_S, math.inf]
         if run.rank == 0:
             workers = {"workers": run.world_size, "dtype_reason": self.hardware.reason}
             storage.write_json(folder.machine, describe_machine(self.hardware) | workers)
@@ -122,6 +134,23 @@ class Learner(Generic[Config]):
         } | state
         self.writer.save(step, self.optimizer.parameters, self.optimizer.state_tensors(), state)
         self.saved_step = step
+
+    def request(self, look_for_stop: bool = True) -> Request:
+        """Return what all workers shall do after the present step; only the first one asks.
+
+        A node that will be taken away is a reason to save twice: at once, for it may go early, and shortly before its
+        time, so that little is done again.
+        """
+        if self.context.rank > 0:
+            return Request.NOTHING
+        if look_for_stop and storage.exists(self.folder.stop):
+            return Request.LEAVE
+        left_s = self.context.seconds_left()
+        if left_s is None or not self._saves_with_s_left or left_s > self._saves_with_s_left[-1]:
+            return Request.NOTHING
+        self._saves_with_s_left.pop()
+        self.folder.note(f"a node will be taken away in {left_s:.0f} s: a checkpoint is written")
+        return Request.SAVE
 
     def finish(self, step: int) -> Checkpoint | None:
         """Wait for what is being written; return the last checkpoint if the horizon is reached."""

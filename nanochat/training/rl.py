@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat import storage
 from nanochat.config import generation
 from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig
@@ -38,7 +37,7 @@ from nanochat.tasks.registry import UNSCORED, load_named
 from nanochat.tasks.task import Task
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, load_parameters, newest_checkpoint
-from nanochat.training.learner import Learner
+from nanochat.training.learner import Learner, Request
 from nanochat.training.plan import Plan
 from nanochat.training.policy_step import PolicyStep
 from nanochat.training.rollout_queue import Batch, RolloutSource
@@ -188,24 +187,25 @@ class PolicyTraining(Learner[RLConfig]):
         if self.rollouts is not None and step < self.plan.num_steps:
             self.rollouts.begin(self.next_group, step)
             self._publish(step)
-        stopped = False
+        request = Request.NOTHING
         while True:
             if step == self.plan.num_steps and self.rollouts is not None:
                 self.rollouts.close()  # no more samples are needed
             if step in (0, self.plan.num_steps) or self._due(self.config.evaluate_every, step):
                 self._evaluate(step)
-            if stopped or step == self.plan.num_steps:
+            if request == Request.LEAVE or step == self.plan.num_steps:
                 return step
-            stopped = self._update(step)
+            request = self._update(step)
             step += 1
-            if step < self.plan.num_steps and self._due(self.config.checkpoint_every, step):
+            is_due = request == Request.SAVE or self._due(self.config.checkpoint_every, step)
+            if step < self.plan.num_steps and is_due:
                 self._save(step)
 
-    def _update(self, step: int) -> bool:
-        """Take a batch, update, and publish the next policy; tells whether somebody asked to stop."""
+    def _update(self, step: int) -> Request:
+        """Take a batch, update, and publish the next policy; returns what the first worker asks for."""
         start_s = time.perf_counter()
         taken = None if self.rollouts is None else self.rollouts.take()
-        batch, stopped = self.shared((taken, storage.exists(self.folder.stop)))
+        batch, request = self.shared((taken, self.request()))
         waited_s = time.perf_counter() - start_s
         figures = self.step.run(batch, self.schedule(step))
         if not math.isfinite(figures["loss"]):
@@ -218,12 +218,12 @@ class PolicyTraining(Learner[RLConfig]):
                     f"update {step + 1} trained nothing: in no group did rewards differ. If that goes on: an easier "
                     "task, more samples_per_group, a higher temperature"
                 )
-        if step + 1 < self.plan.num_steps and not stopped:
+        if step + 1 < self.plan.num_steps and request != Request.LEAVE:
             self._publish(step + 1)
         step_s = time.perf_counter() - start_s
         self.training_s += step_s
         self._log(step, batch, figures, step_s, waited_s)
-        return stopped
+        return request
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0

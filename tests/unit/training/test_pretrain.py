@@ -144,6 +144,19 @@ def test_the_seed_decides_and_nothing_else_does(new_run):
     assert numbers(first) != numbers(other)
 
 
+def test_a_node_that_will_be_taken_away_is_a_reason_to_save_twice(new_run):
+    """Once as soon as it is known, once shortly before; the numbers stay."""
+    whole, drained = new_run("whole"), new_run("drained")
+    whole(tiny_config())
+    left = iter([None, None, 90.0, 60.0, 21.0, 20.0, 9.0, -1.0])
+    drained.seconds_left = lambda: next(left, -5.0)
+    assert drained(tiny_config(checkpoint_every=0, keep_checkpoints=9)) is not None
+    assert steps_found(drained.folder.checkpoints) == [3, 6, tiny_config().num_steps]
+    notes = [one["note"] for one in storage.read_jsonl(drained.folder.notes) if "taken away" in one["note"]]
+    assert notes == [f"a node will be taken away in {s} s: a checkpoint is written" for s in (90, 20)]
+    assert numbers(drained) == numbers(whole)
+
+
 def test_a_stop_file_ends_the_run_with_a_checkpoint_and_it_resumes(new_run, monkeypatch):
     whole, stopped = new_run("whole"), new_run("stopped")
     whole(tiny_config())

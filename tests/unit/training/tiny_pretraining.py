@@ -1,6 +1,7 @@
 """A tokenizer and token shards of a few sentences, made once: 300 tokens, rows of 32, about 300 training rows."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Run:
     prepared: Prepared
     folder: StageFolder
     said: list[str] = field(default_factory=list)
+    seconds_left: Callable[[], float | None] = lambda: None
 
     def inputs(self, config: PretrainConfig, rows_per_step: int) -> loop.TrainingInputs:
         shards = self.prepared.shards
@@ -47,7 +49,7 @@ class Run:
 
     def __call__(self, config: PretrainConfig) -> Checkpoint | None:
         plan = resolve(config, self.prepared.tokenizer.vocab_size, self.prepared.shards.sequence_len)
-        context = RunContext(progress=self.said.append)
+        context = RunContext(progress=self.said.append, seconds_left=self.seconds_left)
         return pretraining.pretrain(config, context, self.inputs(config, plan.rows_per_step))
 
 
