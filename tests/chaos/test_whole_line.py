@@ -49,7 +49,7 @@ def steps(folder: Path) -> int:
 def killed_once(cluster: SimulatedCluster, work: str, condition, *command: str) -> str:
     """Run a job, kill a node once `condition` holds, bring another one; returns what the job said."""
     job = cluster.start(*command)
-    job.wait_for(condition, 120)
+    job.wait_for(condition, 240)
     cluster.kill(work)
     cluster.add(work)
     done = job.result(300)
