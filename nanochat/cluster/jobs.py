@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from nanochat import storage
@@ -24,7 +24,7 @@ from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import prepare_corpus
 from nanochat.data.document_shards import write_token_shards
-from nanochat.data.token_shards import TokenShards
+from nanochat.data.token_shards import MANIFEST, TokenShards
 from nanochat.data.tokenizer import Tokenizer, compression_report, train_tokenizer
 from nanochat.errors import ConfigError
 from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table, scored_before
@@ -65,7 +65,7 @@ def prepare_data(
     text = prepare_corpus(
         corpus, run, folder.text, None if train_tokens is None else int(train_tokens * BYTES_PER_TOKEN)
     )
-    begin_stage(folder.shards, configs)  # not before: a mistyped corpus is no identity
+    begin_stage(folder.shards, configs, {"train_tokens": train_tokens})  # not before: a mistyped corpus is no identity
     terminal.line(f"corpus     {text.name}: {len(text.sources('train'))} training shards")
     report = storage.join(folder.tokenizer, "report.json")
     if storage.exists(storage.join(folder.tokenizer, "tokenizer.json")):
@@ -83,6 +83,27 @@ def prepare_data(
         f"{packed.sequence_len} tokens"
     )
     return packed
+
+
+def prepared_before(
+    run_dir: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, shards: ShardsConfig, train_tokens: int | None
+) -> TokenShards | None:
+    """Return the run's token shards if they were made from just this and all files have their size; else None.
+
+    `prepare_data` looks at every byte of corpus and shards, which for a large corpus takes a cluster and minutes.
+    """
+    folder = RunFolder(run_dir)
+    config = storage.join(folder.shards, "config.json")
+    if not storage.exists(config) or not storage.exists(storage.join(folder.shards, MANIFEST)):
+        return None
+    made = storage.read_json(config)
+    asked = {name: asdict(one) for name, one in (("corpus", corpus), ("tokenizer", tokenizer), ("shards", shards))}
+    if made["config"] != asked or made["resolved"] != {"train_tokens": train_tokens}:
+        return None
+    packed = TokenShards.load(folder.shards)
+    packed.check_tokenizer(Tokenizer.load(folder.tokenizer))
+    paths = [(storage.join(folder.shards, shard.name), shard.size_bytes) for shard in packed.shards]
+    return packed if all(storage.exists(path) and storage.size_bytes(path) == size for path, size in paths) else None
 
 
 def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, terminal: Terminal) -> Checkpoint:

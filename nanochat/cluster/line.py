@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 from nanochat import storage
-from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, pretrain_base
+from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, prepared_before, pretrain_base
 from nanochat.cluster.rl_job import practise, prepare_practice
 from nanochat.cluster.session import session
 from nanochat.cluster.terminal import Terminal
@@ -45,7 +45,12 @@ def run_line(line: LineConfig, terminal: Terminal, is_check: bool = False) -> No
 def _data(line: LineConfig, terminal: Terminal) -> None:
     plan = planning.resolve(line.pretrain, line.tokenizer.vocab_size, line.shards.sequence_len)
     tokens = plan.num_steps * plan.tokens_per_step
-    prepare_data(line.run_dir, line.corpus, line.tokenizer, line.shards, tokens, line.cluster, terminal)
+    made_from = (line.corpus, line.tokenizer, line.shards, tokens)
+    packed = prepared_before(line.run_dir, *made_from)
+    if packed is None:
+        prepare_data(line.run_dir, *made_from, line.cluster, terminal)
+    else:
+        terminal.line(f"shards     {packed.rows('train')} training rows, made before")
 
 
 def _pretrain(line: LineConfig, terminal: Terminal) -> None:
