@@ -56,6 +56,15 @@ class SimulatedCluster:
         """End the newest node of a kind, and all its processes, without a word."""
         self.cluster.remove_node(self.nodes[work].pop(), allow_graceful=False)
 
+    def drain(self, work: str, deadline_s: int) -> None:
+        """Say that the newest node of a kind will be taken away, as a cloud says it of a spot node."""
+        node = self.nodes[work][-1]
+        subprocess.run(
+            [RAY, "drain-node", "--address", self.cluster.address, "--node-id", node.node_id, "--reason",
+             "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--deadline-remaining-seconds",
+             str(deadline_s)], check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+
     def submit(self, *command: str, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess:
         """Run `ray job submit` with the project as working directory, to the end of the job."""
         return self.start(*command, **environment).result(timeout_s)

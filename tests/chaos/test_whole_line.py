@@ -1,39 +1,23 @@
 """The whole line by `ray job submit` on the labelled nodes of a simulated cluster; a node is killed in each stage."""
 
 import json
-import random
 import shutil
-import tempfile
 import urllib.request
 from pathlib import Path
 
 import pytest
-from simulated_cluster import SimulatedCluster, simulated_cluster
+from simulated_cluster import SimulatedCluster
 
 from nanochat import storage
 from nanochat.cluster.ingress import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-WORDS = ["red", "green", "blue", "apple", "pear", "runs", "sleeps", "over", "under", "the", "a", "quick"]
 BY_LABEL = ("--address", "auto", "--by-label")
 TRAIN = ("--num-workers", "2", "--dtype", "float32", "--compile", "off", "--evaluate-every", "0", "--sample-every", "0",
          "--global-batch-tokens", "4096", "--log-every", "1")  # fmt: skip
 SMALL = ("--depth", "2", "--head-dim", "16", "--n-embd", "32", "--window-pattern", "L", "--num-steps", "120",
          "--checkpoint-every", "10")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A head, a node for data, two for training, one for rollouts."""
-    folder = Path(tempfile.mkdtemp(prefix="sc", dir="/tmp"))  # short: Ray's sockets lie in it
-    try:
-        with simulated_cluster(folder / "ray") as cluster:
-            for work in ("data", "train", "train", "rollouts"):
-                cluster.add(work)
-            yield cluster
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -57,15 +41,13 @@ def killed_once(cluster: SimulatedCluster, work: str, condition, *command: str) 
     return done.stdout
 
 
-def test_it_ends_with_a_served_model(cluster, tmp_path):
-    draw = random.Random(0)
-    for shard in range(6):
-        lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randint(20, 900)))}) for _ in range(400)]
-        (tmp_path / f"text_{shard}.jsonl").write_text("\n".join(lines))
+def test_it_ends_with_a_served_model(cluster, text, tmp_path):
+    for work in ("data", "train", "train", "rollouts"):
+        cluster.add(work)
     run = tmp_path / "run"
     place = ("--run-dir", str(run))
 
-    flags = ("--corpus", str(tmp_path / "text_*.jsonl"), "--vocab-size", "300", "--sequence-len", "512")
+    flags = ("--corpus", text, "--vocab-size", "300", "--sequence-len", "512")
     tokenizer = run / "tokenizer" / "tokenizer.json"
     killed_once(cluster, "data", tokenizer.exists, "ray_jobs/prepare_data.py", *place, *flags, *BY_LABEL)
 
