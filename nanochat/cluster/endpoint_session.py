@@ -103,15 +103,13 @@ def serve_session(serving: ServingConfig, replicas: ReplicasConfig, cluster: Clu
     Raises: ConfigError if the cluster serves already, at another address.
     """
     set_serve_environment()
-    if not is_joined(cluster):  # a control store of one's own that is gone does not come back: not 60 s of waiting
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     folder = private_folder() if replicas.haproxy and has_haproxy() and not is_joined(cluster) else None
     if folder is not None:
         os.environ.update(haproxy_environment(folder, serving, replicas))
     try:
         from nanochat.cluster.session import session, start_ray
 
-        with session(cluster, serving.run_dir):
+        with session(cluster, serving.run_dir, is_alone=False):
             start_ray()
             from ray import serve
 

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import nanochat
 from nanochat import storage
 from nanochat.config.cluster import ClusterConfig
-from nanochat.errors import ClusterError, NanochatError, excerpt
+from nanochat.errors import ClusterError, ConfigError, NanochatError, excerpt
 
 Work = Literal["data", "train", "rollouts", "serve"]
 WORK_LABEL = "work"
@@ -120,6 +120,25 @@ def check_nodes(run_dir: str) -> None:
                 raise ClusterError(f"{node}: has {name} {theirs[name]}, the driver {version}. {remedy}")
         if not sees_it:
             raise ClusterError(f"{node}: does not see run_dir={run_dir}. Put it where all nodes see it, or use a URI.")
+
+
+class _Claim:
+    """An actor that is there as long as the job that started it."""
+
+
+def claim(run_dir: str) -> Any:
+    """Keep a run directory to this job among all of the cluster, as long as the result is held.
+
+    A lock file (`storage.claimed`) is one machine's; behind a URI there is none. Raises: ConfigError if another has it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": f"claim of {run_dir}", "namespace": "nanochat", "num_cpus": 0, "scheduling_strategy": here}
+    try:
+        return ray.remote(_Claim).options(**options).remote()
+    except ValueError as err:
+        raise ConfigError(
+            f"run_dir={run_dir}: another job of this cluster is at work in it. Wait for its end, or use another."
+        ) from err
 
 
 def _answer(run_dir: str) -> tuple[dict[str, str], bool]:

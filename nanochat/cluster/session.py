@@ -19,7 +19,7 @@ import ray
 import ray.data
 
 from nanochat import storage
-from nanochat.cluster.nodes import ANYWHERE, check_nodes, check_resources, on_nodes_for
+from nanochat.cluster.nodes import ANYWHERE, check_nodes, check_resources, claim, on_nodes_for
 from nanochat.cluster.terminal import with_story
 from nanochat.config.cluster import ClusterConfig
 from nanochat.errors import ClusterError, ConfigError, excerpt
@@ -36,8 +36,9 @@ LOCAL_OBJECT_STORE_BYTES = 512 << 20
 class _Session:
     """Where Ray's words go, and how it is started when something first needs it."""
 
-    def __init__(self, config: ClusterConfig, run_dir: str, handler: logging.FileHandler) -> None:
-        self.address, self.run_dir, self.handler = address_of(config), run_dir, handler
+    def __init__(self, config: ClusterConfig, run_dir: str, handler: logging.FileHandler, is_alone: bool) -> None:
+        self.address, self.run_dir, self.handler = address_of(config), storage.absolute(run_dir), handler
+        self.is_alone = is_alone
         self.loggers = [logging.getLogger(name) for name in ("ray", "ray.data", "ray.train")]
         self.is_started = False
 
@@ -58,6 +59,8 @@ class _Session:
         ray.data.DataContext.get_current().enable_progress_bars = False
         if self.address is not None:
             check_nodes(self.run_dir)
+            if self.is_alone:
+                self.claim = claim(self.run_dir)
 
     def end(self) -> None:
         """Leave or end Ray."""
@@ -73,11 +76,11 @@ _sessions: list[_Session] = []
 
 
 @contextlib.contextmanager
-def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
+def session(config: ClusterConfig, run_dir: str, is_alone: bool = True) -> Iterator[None]:
     """Have a Ray for the time of the block: `start_ray` joins or starts it when something first needs it.
 
-    What Ray says goes to the run directory's `ray_log`. Entry points call `environment.set_ray_environment()` before
-    they import this module.
+    What Ray says goes to the run directory's `ray_log`. `is_alone` refuses a second such session of the cluster in the
+    same run directory. Entry points call `environment.set_ray_environment()` before they import this module.
 
     Raises: ConfigError for a run directory in a job's own copy of the project.
     """
@@ -91,7 +94,7 @@ def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
     handler = logging.FileHandler(log_path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _sessions.append(_Session(config, run_dir, handler))
+    _sessions.append(_Session(config, run_dir, handler, is_alone))
     try:
         # Ray prints some of its warnings, and what its nodes say of workers that die.
         with contextlib.redirect_stderr(handler.stream), contextlib.redirect_stdout(handler.stream):
@@ -104,7 +107,8 @@ def session(config: ClusterConfig, run_dir: str) -> Iterator[None]:
 def start_ray() -> None:
     """Join or start the Ray of the open session, if that has not happened yet.
 
-    Raises: ClusterError if the address does not answer or wants another token, or for a node as `check_nodes`.
+    Raises: ClusterError if the address does not answer or wants another token, or for a node as `check_nodes`;
+    ConfigError if another job of the cluster is at work in the run directory.
     """
     _sessions[-1].start()
 
@@ -129,6 +133,8 @@ def _join(address: str) -> Any:
 
 
 def _start_local() -> Any:
+    # A control store of one's own that is gone does not come back: not 60 s of waiting for it.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     memory = psutil.virtual_memory()
     return ray.init(
         address="local",
