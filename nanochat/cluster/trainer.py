@@ -48,6 +48,10 @@ from nanochat.training.rl import RLInputs, improve
 from nanochat.training.sft import SftInputs, finetune
 
 
+RESIZE_LOOK_S = 30.0
+"""How often a run with fewer workers than it could have looks for more. A change starts all of them again."""
+
+
 def is_retried(error: BaseException) -> bool:
     """Tell whether another try may help: Ray's own errors (a worker or node is lost), RuntimeError, OSError."""
     return isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("ray.")
@@ -270,6 +274,7 @@ def _trainer(job: TrainJob, cluster: ClusterConfig) -> TorchTrainer:
             num_workers=(cluster.min_workers, workers) if cluster.min_workers else workers,
             use_gpu=use_gpu,
             resources_per_worker=resources_each,
+            elastic_resize_monitor_interval_s=RESIZE_LOOK_S,
             **on_nodes_for("train", cluster),
         ),
         run_config=RunConfig(

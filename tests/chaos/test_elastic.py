@@ -13,10 +13,11 @@ from nanochat.training.checkpoint import steps_found
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 200
+STEPS = 400
+ROWS = 32
 PRETRAIN = (
     "ray_jobs/pretrain.py", "--address", "auto", "--by-label", "--depth", "2", "--head-dim", "16", "--n-embd", "32",
-    "--window-pattern", "L", "--num-steps", str(STEPS), "--global-batch-tokens", "65536", "--dtype", "float32",
+    "--window-pattern", "L", "--num-steps", str(STEPS), "--global-batch-tokens", str(ROWS * 512), "--dtype", "float32",
     "--compile", "off", "--evaluate-every", "0", "--sample-every", "0", "--log-every", "1", "--log-row-ids",
 )  # fmt: skip
 
@@ -60,8 +61,8 @@ def rows(folder: Path) -> dict[int, set[int]]:
             by_start.setdefault(record["step"], {}).setdefault(rank, []).append(record["row_ids"])
     found = {}
     for step, of_ranks in by_start.items():
-        alone = {tuple(sorted(ids)) for ids in of_ranks.get(0, []) if len(ids) == 128}
-        halves = {tuple(sorted([*a, *b])) for a in of_ranks.get(0, []) if len(a) == 64 for b in of_ranks.get(1, [])}
+        alone = {tuple(sorted(ids)) for ids in of_ranks.get(0, []) if len(ids) == ROWS}
+        halves = {tuple(sorted([*a, *b])) for a in of_ranks.get(0, []) if len(a) < ROWS for b in of_ranks.get(1, [])}
         assert len(alone | halves) == 1, f"step {step} had different rows"
         found[step] = set(next(iter(alone | halves)))
     return found
@@ -71,7 +72,7 @@ def workers_of_steps(folder: Path) -> dict[int, int]:
     """How many workers did a step the last time."""
     found = {}
     for record in storage.read_jsonl(str(folder / "rows_00.jsonl")):
-        found[record["step"]] = 128 // len(record["row_ids"])
+        found[record["step"]] = ROWS // len(record["row_ids"])
     return found
 
 
