@@ -47,7 +47,6 @@ from nanochat.training.pretrain import pretrain
 from nanochat.training.rl import RLInputs, improve
 from nanochat.training.sft import SftInputs, finetune
 
-
 RESIZE_LOOK_S = 30.0
 """How often a run with fewer workers than it could have looks for more. A change starts all of them again."""
 
