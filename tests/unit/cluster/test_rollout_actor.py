@@ -9,6 +9,7 @@ import torch
 
 from nanochat.cluster import rollouts
 from nanochat.cluster.rollouts import Order, RolloutActor, RolloutSpec
+from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.inference.rollouts import Group
 
@@ -53,7 +54,7 @@ def actor(monkeypatch):
     monkeypatch.setattr(rollouts, "choose_hardware", lambda config, run: hardware)
     monkeypatch.setattr(rollouts, "ray", SimpleNamespace(get=lambda weights: weights))
     spec = RolloutSpec(
-        config=RLConfig(), rollouts=RolloutsConfig(), actors=1, model=None, tokenizer_folder="", tasks_folder="",
+        config=RLConfig(), rollouts=RolloutsConfig(), actors=1, model=ModelConfig(n_layer=1), tokenizer_folder="", tasks_folder="",
         working_folder="", use_gpu=False, processes=2,
     )  # fmt: skip
     return RolloutActor(spec)
