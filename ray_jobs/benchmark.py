@@ -2,7 +2,8 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,11 +18,14 @@ from nanochat.config.cluster import ClusterConfig
 class BenchmarkConfig:
     """One benchmark on this machine."""
 
-    what: Annotated[Literal["train", "pack", "stream", "core", "engine", "serve", "rl"], tyro.conf.Positional]
+    what: Annotated[
+        Literal["train", "pack", "stream", "core", "engine", "serve", "rl", "estimate"], tyro.conf.Positional
+    ]
     """train (Ray Train against a plain process), pack (text to token shards), stream (shards into a worker), core (a
     run directory's base model on few-shot multiple choice, batched against one example at a time), engine (requests in
     this process), serve (the same through HTTP and Ray Serve, or what --url names), rl (a run directory's chat model on
-    word problems of two steps: what it learns, and how fast it is beside one group at a time)."""
+    word problems of two steps: what it learns, and how fast it is beside one group at a time), estimate (on paper: the
+    time to GPT-2's grade on 8 H100, and what that assumes)."""
     json: Path | None = None
     """Write hardware and results here."""
     steps: int = 120
@@ -60,6 +64,11 @@ class BenchmarkConfig:
 
 def benchmark(config: BenchmarkConfig) -> int:
     """Measure and show."""
+    if config.what == "estimate":
+        from nanochat.training.estimate import Assumptions, estimate
+
+        show(asdict(Assumptions()), estimate(Assumptions()))
+        return 0
     job_start_s = time.time()
     set_ray_environment()
     from nanochat.cluster import benchmarks, rl_benchmark
@@ -146,7 +155,7 @@ def flat(values: dict[str, Any], prefix: str) -> dict[str, object]:
     return found
 
 
-def show(hardware: dict[str, object], results: dict[str, object]) -> None:
+def show(hardware: Mapping[str, object], results: Mapping[str, object]) -> None:
     """Print a table."""
     for name, value in {**hardware, **results}.items():
         if isinstance(value, list):

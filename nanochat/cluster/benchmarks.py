@@ -39,7 +39,8 @@ from nanochat.storage import RunFolder, StageFolder
 from nanochat.training.checkpoint import CheckpointWriter
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT, matmul_gflops
 from nanochat.training.loop import StepRows, TrainingInputs, local_stream
-from nanochat.training.plan import activation_bytes_per_row, fixed_bytes, learning_rates, resolve
+from nanochat.training.memory import training_memory
+from nanochat.training.plan import learning_rates, resolve
 from nanochat.training.pretrain import pretrain
 
 WINDOW_STEPS = 10
@@ -278,8 +279,10 @@ def measure_streaming(root: str, corpus: str, tokens: int = 60_000_000) -> dict[
 def memory_by_calculation(depth: int) -> dict[str, int]:
     """Return what training needs at a depth on CPU: 8,192-token micro-batches, rows of 512, 8,192 words, one worker."""
     plan = resolve(replace(training_config(1), depth=depth), 8192, 512)
-    per_row = activation_bytes_per_row(plan.model, dtype_bytes=2, keeps_scores=True, recompute=False)
-    return {"weights_and_optimizer_bytes": fixed_bytes(plan.model, 1), "activation_bytes": 16 * per_row}
+    memory = training_memory(
+        plan.model, world_size=1, device="cpu", dtype=torch.bfloat16, compiled=True, recompute=False
+    )
+    return {"weights_and_optimizer_bytes": memory.fixed, "micro_batch_bytes": memory.peak(16) - memory.fixed}
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ from nanochat.cluster.terminal import with_story
 from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import ClusterError, excerpt
+from nanochat.errors import ClusterError, ConfigError, excerpt
+from nanochat.inference.paged_cache import cache_bytes, pages_for
 from nanochat.inference.rollouts import Group, GroupSampler, with_reward
+from nanochat.model.scaling import parameter_counts
 from nanochat.run_context import RunContext
 from nanochat.tasks.task import Task
-from nanochat.training.hardware import choose_hardware
+from nanochat.training.hardware import Hardware, choose_hardware
 from nanochat.training.rl import load_practice
 from nanochat.training.rollout_queue import Batch, RolloutQueue
 
@@ -59,6 +61,20 @@ class RolloutSpec:
     def judged(self, task: Task) -> Task:
         """Return the task, judged by the reward that the config names."""
         return with_reward(task, self.config.reward, self.working_folder, self.rollouts.reward_timeout_s)
+
+
+def check_share(spec: RolloutSpec, hardware: Hardware) -> None:
+    """Raise ConfigError if weights, keys and values do not fit into what an actor has of its device."""
+    pages = spec.rollouts.running * pages_for(spec.model.sequence_len)
+    needed = parameter_counts(spec.model)["total"] * hardware.dtype.itemsize
+    needed += cache_bytes(spec.model, pages, hardware.dtype)
+    is_gpu = hardware.device.type == "cuda"
+    share = ((spec.rollouts.gpus_per_actor or 1.0) if is_gpu else 1 / spec.processes) * hardware.total_bytes()
+    if needed > share:
+        raise ConfigError(
+            f"running={spec.rollouts.running}: weights, keys and values need {needed / 2**30:.2f} GiB, an actor's "
+            f"share of its device is {share / 2**30:.2f} GiB. Lower --running, or ask for fewer --actors."
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,7 @@ class RolloutActor:
         tokenizer = Tokenizer.load(spec.tokenizer_folder)
         run = RunContext(use_gpu=spec.use_gpu, local_world_size=spec.processes)
         hardware = choose_hardware(spec.config, run)
+        check_share(spec, hardware)
         task = spec.judged(load_practice(spec.config, spec.tasks_folder)[0])
         self.sampler = GroupSampler(
             spec.config, tokenizer, task, spec.model, dtype=hardware.dtype, device=hardware.device,

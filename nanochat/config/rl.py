@@ -88,8 +88,8 @@ class RLConfig(LearnerConfig):
     """Held-out problems that are scored, one greedy reply each."""
     sample_every: int = 10
     """Updates between notes of the best and the worst rollouts; 0 = none."""
-    checkpoint_every: int = 60
-    """Updates between checkpoints; 0 = only at the end."""
+    checkpoint_every: int | None = 60
+    """Updates between checkpoints; 0 = only at the end, none = as many as lose least time, by what the first costs."""
     compile: Literal["auto", "off"] = "off"
     """torch.compile; off, since rows have many widths and each is compiled anew."""
 

@@ -26,8 +26,10 @@ class LearnerConfig:
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time, far less memory."""
 
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; 0 = only at the end."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; 0 = only at the end, none = as many as lose least time, by what the first costs."""
+    node_failure_s: float = 21_600.0
+    """checkpoint_every none: how long a node runs until it fails, in the mean; of n nodes one fails n times as soon."""
     keep_checkpoints: int = 2
     """Complete checkpoints kept beside the one being written."""
     wandb: bool = False
@@ -39,7 +41,7 @@ class LearnerConfig:
 
     def problems(self) -> list[str]:
         """Return a message for each field whose value breaks its rule."""
-        return below_least(self, seed=0, micro_batch_rows=1, checkpoint_every=0, keep_checkpoints=1)
+        return below_least(self, seed=0, micro_batch_rows=1, checkpoint_every=0, keep_checkpoints=1, node_failure_s=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

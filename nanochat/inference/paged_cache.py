@@ -41,6 +41,11 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
+def cache_bytes(config: ModelConfig, pages: int, dtype: torch.dtype) -> int:
+    """Return what the keys and values of so many pages take."""
+    return 2 * config.n_layer * config.n_kv_head * config.head_dim * pages * PAGE_TOKENS * dtype.itemsize
+
+
 class PagedKVCache:
     """The memory of all sequences together; page 0 is for padding."""
 

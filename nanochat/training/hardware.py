@@ -58,10 +58,17 @@ class Hardware:
         return next((flops for part, flops in PEAK_BF16_FLOPS.items() if part in self.name), None)
 
     def free_bytes(self) -> int:
-        """Return memory that is free for training."""
+        """Return memory that is free; on CUDA also what torch has taken and does not use."""
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0]
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + unused
         return psutil.virtual_memory().available
+
+    def total_bytes(self) -> int:
+        """Return the device's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[1]
+        return psutil.virtual_memory().total
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory used so far: of the allocator on CUDA, of the process elsewhere."""

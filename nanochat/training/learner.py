@@ -5,6 +5,7 @@ Sources: the parts are nanochat's (base_train.py@92d63d4); the recipe for exact 
 
 import enum
 import math
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,8 +24,11 @@ from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import MuonAdamW, StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
+from nanochat.training import plan as planning
+from nanochat.training.cadence import Cadence
 from nanochat.training.checkpoint import Checkpoint, CheckpointWriter, load_parameters, newest_checkpoint, step_folder
 from nanochat.training.hardware import Hardware, can_compile, choose_hardware, describe_machine
+from nanochat.training.memory import Memory, refuse_unless_it_fits, training_memory
 from nanochat.training.metrics import MetricsWriter
 from nanochat.training.plan import Plan
 
@@ -57,6 +61,7 @@ class Learner(Generic[Config]):
         self.hardware: Hardware = choose_hardware(config, run)
         share = run.gpu_share if self.hardware.device.type == "cuda" else 1 / run.local_world_size
         self.free_bytes = int(share * self.hardware.free_bytes())  # before anything of the plan is allocated
+        self.memory = self._planned_memory()
         self.model = self._build_model()
         parameters = dict(self.model.named_parameters())
         groups = scaling.parameter_groups(plan.model, list(parameters), rates, plan.lr_factor)
@@ -67,12 +72,20 @@ class Learner(Generic[Config]):
             folder.checkpoints, rank=run.rank, world_size=run.world_size, keep=config.keep_checkpoints,
             attempt=self.shared(uuid.uuid4().hex),
         )  # fmt: skip
+        nodes = -(-run.world_size // run.local_world_size)
+        note = folder.note if run.rank == 0 else lambda line: None
+        self.cadence = Cadence(config.checkpoint_every, config.node_failure_s / nodes, self.shared, note)
         self.metrics = MetricsWriter(folder, enabled=run.rank == 0, wandb=config.wandb, config=asdict(config))
         self.saved_step = -1
         self._saves_with_s_left = [LAST_SAVE_S, math.inf]
         if run.rank == 0:
             workers = {"workers": run.world_size, "dtype_reason": self.hardware.reason}
             storage.write_json(folder.machine, describe_machine(self.hardware) | workers)
+
+    @property
+    def frozen_copies(self) -> int:
+        """Copies of the model that are held beside the one in training."""
+        return 0
 
     def begin(self) -> None:
         """Prepare parameters and optimiser for step 0; the model has been initialised."""
@@ -121,6 +134,7 @@ class Learner(Generic[Config]):
 
         Raises: TrainingDivergedError rather than keep parameters that are not finite.
         """
+        start_s = time.perf_counter()
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self.diverged("parameters", math.nan, step)
         state = {
@@ -134,6 +148,7 @@ class Learner(Generic[Config]):
         } | state
         self.writer.save(step, self.optimizer.parameters, self.optimizer.state_tensors(), state)
         self.saved_step = step
+        self.cadence.saved(step, time.perf_counter() - start_s)
 
     def request(self, look_for_stop: bool = True) -> Request:
         """Return what all workers shall do after the present step; only the first one asks.
@@ -179,28 +194,48 @@ class Learner(Generic[Config]):
         storage.write_json(self.folder.memory_limit, limit)
         self.folder.note(f"out of memory with {rows} rows: the next start uses {limit}")
 
-    def within_memory_limit(self, rows: int) -> int:
-        """Return how many of these rows an earlier start has left, and recompute if it says so."""
+    def planned_rows(self, rows: int) -> int:
+        """Return how many of a worker's `rows` to run at once: by memory, and as an earlier start has left it."""
+        size = planning.micro_batch_rows(
+            self.config, self.plan.model, self.memory, rows=rows, device=self.hardware.device.type,
+            free_bytes=self.free_bytes,
+        )  # fmt: skip
         if not storage.exists(self.folder.memory_limit):
-            return rows
+            return size
         limit = storage.read_json(self.folder.memory_limit)
         self.model.recompute |= limit["recompute"]
-        return min(rows, limit["micro_batch_rows"])
+        return min(size, limit["micro_batch_rows"])
+
+    def _planned_memory(self) -> Memory:
+        """Return what training takes; one row that does not fit is recomputed. Raises: ConfigError if none can fit."""
+        self.compile_obstacle = "it is off" if self.config.compile == "off" else can_compile(self.hardware.device)
+        asked, recomputing = (
+            training_memory(
+                self.plan.model, world_size=self.context.world_size, device=self.hardware.device.type,
+                dtype=self.hardware.dtype, compiled=self.compile_obstacle is None, recompute=recompute,
+                frozen_copies=self.frozen_copies,
+            )
+            for recompute in (self.config.recompute, True)
+        )  # fmt: skip
+        refuse_unless_it_fits(self.plan.model, recomputing, self.free_bytes)
+        self.recompute = self.config.recompute
+        if not self.recompute and asked.peak(1) > self.free_bytes:
+            self.recompute = True
+            self.folder.note(f"worker {self.context.rank} has no memory for one row: activations are recomputed")
+        return recomputing if self.recompute else asked
 
     def _build_model(self) -> GPT:
         """Create the model in float32 with the seed's parameters, the same on every worker."""
         model = GPT(self.plan.model, self.hardware.dtype)
         model.initialize(torch.Generator().manual_seed(self.config.seed))
-        model.recompute = self.config.recompute
+        model.recompute = self.recompute
         model.to(self.hardware.device)
         if self.config.fp8:
             from nanochat.model.fp8 import convert_to_fp8
 
             convert_to_fp8(model)
-        if self.config.compile != "off":
-            obstacle = can_compile(self.hardware.device)
-            if obstacle is None:
-                model.compile()
-            elif self.context.rank == 0:
-                self.folder.note(obstacle)
+        if self.compile_obstacle is None:
+            model.compile()
+        elif self.config.compile != "off" and self.context.rank == 0:
+            self.folder.note(self.compile_obstacle)
         return model

@@ -137,8 +137,8 @@ class TrainingLoop(Learner[Config]):
             self._log(step, batch, result.loss)
             stopped = result.request == Request.LEAVE
             step += 1
-            is_due = result.request == Request.SAVE or self._due(self.config.checkpoint_every, step)
-            if step < self.plan.num_steps and is_due:
+            is_due = step < self.plan.num_steps and self.cadence.due(step)
+            if is_due or (result.request == Request.SAVE and step < self.plan.num_steps):
                 self._save(step)
             if step < self.plan.num_steps:
                 batch = self._next_rows()
@@ -170,12 +170,7 @@ class TrainingLoop(Learner[Config]):
 
     def _fit_micro_batch(self, rows_BT1: np.ndarray) -> int:
         """Choose the micro-batch from free memory, then try it: halve on out-of-memory, at one row recompute."""
-        size = planning.micro_batch_rows(
-            self.config, self.plan, rows=len(rows_BT1), device=self.hardware.device.type,
-            dtype_bytes=self.hardware.dtype.itemsize,
-            free_bytes=self.free_bytes, world_size=self.context.world_size,
-        )  # fmt: skip
-        size = self.within_memory_limit(size)
+        size = self.planned_rows(len(rows_BT1))
         while True:
             size = len(split_rows(rows_BT1, size)[0])
             trial = self._training_step(size)

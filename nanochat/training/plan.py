@@ -13,8 +13,8 @@ from nanochat.config.sft import SftConfig
 from nanochat.config.training import LearnerConfig
 from nanochat.errors import CheckpointError, ConfigError
 from nanochat.model import scaling
-from nanochat.model.attention import QUERY_BLOCK
 from nanochat.training.checkpoint import Checkpoint
+from nanochat.training.memory import Memory
 
 MAX_MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16, "mps": 1 << 14}
 """Larger micro-batches are no faster: measured on CPU (2 cores, 2026-11-22), nanochat's 32 x 2,048 on H100."""
@@ -117,41 +117,11 @@ def inherited_rates(
     return state, scaling.LearningRates(**rates), inherited
 
 
-def fixed_bytes(model: ModelConfig, world_size: int) -> int:
-    """Return the memory of float32 weights, gradients and this worker's share of two optimiser moments."""
-    return scaling.parameter_counts(model)["total"] * (8 + -(-8 // world_size))
-
-
-def activation_bytes_per_row(model: ModelConfig, *, dtype_bytes: int, keeps_scores: bool, recompute: bool) -> int:
-    """Return what one row holds between forward and backward.
-
-    A layer keeps 18 tensors of width n_embd (stream, norms, q, k, v and their rotations, attention output, two of the
-    MLP's 4x width) and, without FlashAttention, the float32 weights of the keys each block of queries sees and their
-    cast. Recomputing keeps one.
-    """
-    tokens = model.sequence_len
-    per_layer = 18 * model.n_embd * tokens * dtype_bytes
-    layers = 0
-    largest = 0
-    for window in model.windows:
-        keys = min(window + QUERY_BLOCK, tokens)
-        scores = model.n_head * tokens * keys * (4 + dtype_bytes) if keeps_scores else 0
-        layer = per_layer + scores
-        layers += model.n_embd * tokens * dtype_bytes if recompute else layer
-        largest = max(largest, layer)
-    return layers + (largest if recompute else 0) + 4 * model.n_embd * tokens * 4
-
-
 def micro_batch_rows(
-    config: LearnerConfig, plan: Plan, *, rows: int, device: str, dtype_bytes: int, free_bytes: int, world_size: int
+    config: LearnerConfig, model: ModelConfig, memory: Memory, *, rows: int, device: str, free_bytes: int
 ) -> int:
     """Return how many of a worker's `rows` to run at once: as given, else as free memory allows."""
     if config.micro_batch_rows is not None:
         return min(config.micro_batch_rows, rows)
-    per_row = activation_bytes_per_row(
-        plan.model, dtype_bytes=dtype_bytes, keeps_scores=device != "cuda", recompute=config.recompute
-    )
-    usable = USABLE_MEMORY * free_bytes - fixed_bytes(plan.model, world_size)
-    by_memory = int(usable // per_row)
-    by_speed = MAX_MICRO_BATCH_TOKENS[device] // plan.model.sequence_len
-    return max(1, min(rows, by_memory, by_speed))
+    most = max(1, min(rows, MAX_MICRO_BATCH_TOKENS[device] // model.sequence_len))
+    return next((size for size in range(most, 1, -1) if memory.peak(size) <= USABLE_MEMORY * free_bytes), 1)

@@ -133,6 +133,11 @@ class PolicyTraining(Learner[RLConfig]):
         self.training_s = 0.0
         self._sync: dict[str, float] = {}
 
+    @property
+    def frozen_copies(self) -> int:
+        """One, if a KL penalty holds on to the model that it began from."""
+        return int(self.config.kl_beta > 0)
+
     def begin(self) -> None:
         """Load the base checkpoint. Raises: TokenizerMismatchError if it has another tokenizer."""
         if self.base.state["tokenizer_hash"] != self.tokenizer.hash:
@@ -165,7 +170,7 @@ class PolicyTraining(Learner[RLConfig]):
             self.next_group, self.training_s = state["position"]["next_group"], state["loop"]["training_s"]
             self.empty_steps = state["loop"]["empty_steps"]
             self.optimizer.set_step(state["updates"])
-        rows = self._micro_batch_rows()
+        rows = self.planned_rows(self.config.groups_per_step * self.config.samples_per_group)
         self.step = PolicyStep(
             self.config, self.model, self.optimizer, banned=tool_alone(self.tokenizer),
             most_tokens=rows * self.plan.model.sequence_len, reference=self._reference,
@@ -197,8 +202,8 @@ class PolicyTraining(Learner[RLConfig]):
                 return step
             request = self._update(step)
             step += 1
-            is_due = request == Request.SAVE or self._due(self.config.checkpoint_every, step)
-            if step < self.plan.num_steps and is_due:
+            is_due = step < self.plan.num_steps and self.cadence.due(step)
+            if is_due or (request == Request.SAVE and step < self.plan.num_steps):
                 self._save(step)
 
     def _update(self, step: int) -> Request:
@@ -235,18 +240,6 @@ class PolicyTraining(Learner[RLConfig]):
             weights = packed_weights(self.model)
             self.rollouts.publish(version, weights)
             self._sync = {"sync_bytes": float(len(weights)), "sync_s": time.perf_counter() - start_s}
-
-    def _micro_batch_rows(self) -> int:
-        """Return rows of the model's whole length that fit into memory; shorter ones stand for as many tokens."""
-        parameters = scaling.parameter_counts(self.plan.model)["total"]
-        reference_bytes = 4 * parameters if self.config.kl_beta > 0 else 0
-        rows = planning.micro_batch_rows(
-            self.config, self.plan, rows=self.config.groups_per_step * self.config.samples_per_group,
-            device=self.hardware.device.type, dtype_bytes=self.hardware.dtype.itemsize,
-            free_bytes=self.free_bytes - reference_bytes,
-            world_size=self.context.world_size,
-        )  # fmt: skip
-        return self.within_memory_limit(rows)
 
     def _reference(self) -> GPT:
         """Return the model that the KL penalty holds on to."""

@@ -16,7 +16,7 @@ import torch
 
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.pretrain import PretrainConfig
-from nanochat.errors import DataError, TrainingDivergedError
+from nanochat.errors import ConfigError, DataError, TrainingDivergedError
 from nanochat.storage import StageFolder, read_jsonl
 from nanochat.training.checkpoint import Checkpoint, step_folder
 
@@ -216,6 +216,14 @@ def test_an_error_in_the_code_ends_the_run_at_once(pretrain, runs):
     notes = notes_of(folder)
     assert [note for note in notes if "starts at step" in note] == ["a worker group starts at step 0"]
     assert any(re.fullmatch("worker [01] failed: KeyError: 'no such column'", note) for note in notes)
+
+
+def test_a_model_that_cannot_fit_ends_the_run_at_once(pretrain, runs):
+    config = replace(TINY, depth=64, n_embd=8192)
+    with pytest.raises(ConfigError, match=r"^depth=64: needs \d+\.\d\d GiB on each worker \(weights 19") as raised:
+        pretrain(runs / "large", config)
+    assert "\n" not in str(raised.value)
+    assert sum("starts at step" in note for note in notes_of(runs / "large")) == 1
 
 
 def test_divergence_names_step_and_checkpoint(pretrain, runs):

@@ -75,7 +75,7 @@ def test_identity_is_what_is_marked():
 
 CADENCE = {
     "compile", "micro_batch_rows", "recompute", "evaluate_every", "sample_every", "sample_tokens", "checkpoint_every",
-    "keep_checkpoints", "log_every", "log_row_ids", "wandb",
+    "node_failure_s", "keep_checkpoints", "log_every", "log_row_ids", "wandb",
 }  # fmt: skip
 
 

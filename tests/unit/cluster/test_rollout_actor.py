@@ -9,8 +9,10 @@ import torch
 
 from nanochat.cluster import rollouts
 from nanochat.cluster.rollouts import Order, RolloutActor, RolloutSpec
+from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.inference.rollouts import Group
+from nanochat.training.hardware import Hardware
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -49,12 +51,12 @@ def actor(monkeypatch):
     monkeypatch.setattr(rollouts, "GroupSampler", FakeSampler)
     monkeypatch.setattr(rollouts, "load_practice", lambda config, folder: (None, None))
     monkeypatch.setattr(rollouts, "Tokenizer", SimpleNamespace(load=lambda folder: None))
-    hardware = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+    hardware = Hardware(torch.device("cpu"), torch.float32, "")
     monkeypatch.setattr(rollouts, "choose_hardware", lambda config, run: hardware)
     monkeypatch.setattr(rollouts, "ray", SimpleNamespace(get=lambda weights: weights))
     spec = RolloutSpec(
-        config=RLConfig(), rollouts=RolloutsConfig(), actors=1, model=None, tokenizer_folder="", tasks_folder="",
-        working_folder="", use_gpu=False, processes=2,
+        config=RLConfig(), rollouts=RolloutsConfig(), actors=1, model=ModelConfig(n_layer=1), tokenizer_folder="",
+        tasks_folder="", working_folder="", use_gpu=False, processes=2,
     )  # fmt: skip
     return RolloutActor(spec)
 

@@ -29,6 +29,7 @@ DEFAULT = "Leave it out for the default."
         ("evaluate_every", -1, "must be at least 0"),
         ("sample_every", -1, "must be at least 0"),
         ("checkpoint_every", -1, "must be at least 0"),
+        ("node_failure_s", 0.5, "must be at least 1.0"),
         ("keep_checkpoints", 0, "must be at least 1"),
         ("log_every", 0, "must be at least 1"),
         ("validation_tokens", 0, "must be at least 1"),
