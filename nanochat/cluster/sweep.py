@@ -19,7 +19,7 @@ from ray import tune
 from nanochat import storage
 from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
 from nanochat.cluster.terminal import Terminal, on_interrupt
-from nanochat.cluster.trainer import compile_cache, first_cause, fit_watched, is_retried
+from nanochat.cluster.trainer import compile_cache, fit_watched, is_retried
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.sweep import Overrides, SweepConfig, expand, overridden
 from nanochat.data.row_order import RowReader
@@ -221,7 +221,7 @@ class _Story(tune.Callback):
     def on_trial_error(self, trial: Any, **ray_tells: Any) -> None:
         """The last try of a run was lost."""
         run = self._leave(trial)
-        self.lost[run.name] = f"{self._reason(trial)} The same command tries it again."
+        self.lost[run.name] = f"{self._reason(trial)}; the same command tries it again"
         self.terminal.line(f"failed     {run.name}: {self.lost[run.name]}")
 
     def _leave(self, trial: Any) -> SweepRun:
@@ -229,10 +229,8 @@ class _Story(tune.Callback):
         return self.due[trial.config["run"]]
 
     def _reason(self, trial: Any) -> str:
-        err = trial.get_pickled_error()
-        if err is None:
-            return excerpt(trial.get_error())
-        return f"{type(first_cause(err)).__name__}: {excerpt(first_cause(err))}"
+        with open(trial.error_file, encoding="utf-8") as file:  # on this machine; the trial's own getter knows it later
+            return excerpt(file.read().rstrip().splitlines()[-1])
 
 
 def _tuner(config: SweepConfig, due: list[SweepRun], all_runs: int, story: _Story) -> tune.Tuner:

@@ -1,13 +1,16 @@
 """The runs of a sweep in this process: plans from budgets, how a run ends, how it goes on."""
 
+import io
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tiny_pretraining import tiny_config
 
 from nanochat import storage
-from nanochat.cluster.sweep import plan_sweep, train_run
+from nanochat.cluster.sweep import _begin, _row, _Story, plan_sweep, train_run
+from nanochat.cluster.terminal import Terminal
 from nanochat.config.sweep import SweepConfig
 from nanochat.errors import ConfigError, DataError
 from nanochat.model.scaling import flops_per_token, horizon_tokens
@@ -139,6 +142,27 @@ def test_a_time_budget_ends_a_run_with_a_checkpoint_and_a_score(plan):
     assert read_json(long.folder.outcome)["steps"] == 12
 
 
+def test_a_run_that_was_lost_too_often_has_its_reason_and_is_tried_again(plan, tmp_path):
+    """Of the error file that Tune leaves, the last line says why."""
+    (run,) = plan("seed=0")
+    (tmp_path / "error.txt").write_text("Failure # 1\n  File ...\nRuntimeError: a peer is gone\n")
+    said = io.StringIO()
+    story = _Story([run], Terminal(said))
+    trial = SimpleNamespace(config={"run": 0}, error_file=str(tmp_path / "error.txt"))
+    story.on_trial_start(trial=trial)
+    story.on_trial_recover(trial=trial)
+    story.on_trial_error(trial=trial)
+    assert said.getvalue().splitlines() == [
+        "start      seed=0", "again      seed=0: RuntimeError: a peer is gone",
+        "failed     seed=0: RuntimeError: a peer is gone; the same command tries it again",
+    ]  # fmt: skip
+    row = _row(run, story.lost["seed=0"])
+    assert (row["state"], row["val_bpb"]) == ("failed", None)
+    assert row["reason"].startswith("RuntimeError: a peer is gone")
+    assert not run.has_ended
+    assert _row(run, None)["state"] == "stopped"
+
+
 def test_a_stopped_run_is_not_begun(plan):
     (run,) = plan("seed=0")
     with storage.atomic_write(run.folder.pretrain.stop) as file:
@@ -149,8 +173,6 @@ def test_a_stopped_run_is_not_begun(plan):
 
 
 def test_other_flags_or_other_data_are_refused_in_the_folder_of_a_run(plan):
-    from nanochat.cluster.sweep import _begin
-
     (run,) = plan("depth=2")
     _begin(run)
     plan("depth=2")
