@@ -379,6 +379,16 @@ class RunFolder:
         return join(self.root, "report.html")
 
     @property
+    def table(self) -> str:
+        """The runs of a sweep."""
+        return join(self.root, "sweep.csv")
+
+    @property
+    def outcome(self) -> str:
+        """How a run of a sweep ended; there if and only if it did."""
+        return join(self.root, "outcome.json")
+
+    @property
     def walk(self) -> str:
         """The page that follows one document."""
         return join(self.root, "walk.html")

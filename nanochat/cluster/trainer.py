@@ -236,7 +236,7 @@ def run_on_ray(job: TrainJob, num_steps: int, cluster: ClusterConfig, watch: Cal
     """Run a job's workers, starting them again where that may help; see `train_on_ray`."""
     storage.remove(job.folder.stop)
     try:
-        _fit(_trainer(job, cluster), watch)
+        fit_watched(_trainer(job, cluster), watch)
     finally:
         storage.remove(_ray_storage(job.folder))
     last = step_folder(job.folder.checkpoints, num_steps)
@@ -301,8 +301,11 @@ def compile_cache() -> str:
     return os.path.join(root, "nanochat", "torchinductor")
 
 
-def _fit(trainer: TorchTrainer, watch: Callable[[], None]) -> None:
-    """Run fit() in a thread, where Ray Train leaves SIGINT alone, and watch from this one."""
+def fit_watched(trainer: Any, watch: Callable[[], None]) -> None:
+    """Run fit() in a thread, where Ray Train and Tune leave SIGINT alone, and watch from this one.
+
+    Raises: the first cause of what it raised.
+    """
     outcome: list[BaseException] = []
 
     def fit() -> None:
@@ -311,7 +314,7 @@ def _fit(trainer: TorchTrainer, watch: Callable[[], None]) -> None:
         except BaseException as err:  # carried to the caller's thread
             outcome.append(err)
 
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.2)

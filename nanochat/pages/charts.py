@@ -1,12 +1,12 @@
 """Numbers over steps to small line charts: SVG inside the page, without scripts; the page's style sheet colours them.
 
 Drawn in a box of WIDTH x HEIGHT units that grows and shrinks with the page, so the type stays readable on a phone.
-Not covered: logarithmic axes, dates.
+Not covered: logarithmic y axes, dates.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from markupsafe import Markup
@@ -28,6 +28,8 @@ class Series:
     """(x, y) in the order of x; those that are not finite are left out."""
     style: Literal["line", "faint", "dotted"] = "line"
     """faint = raw values behind a smoothed line; dotted = a line with a dot on each value."""
+    label: str = ""
+    """Written beside the last point."""
 
 
 def smooth(values: Sequence[float], span: float | None = None) -> list[float]:
@@ -58,6 +60,13 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten in [low, high], which are positive; where these are few, as `ticks`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [factor * 10.0**power for power in powers for factor in (1, 2, 5) if low <= factor * 10.0**power <= high]
+    return found if len(found) > 1 else ticks(low, high)
+
+
 def short_number(value: float) -> str:
     """Return a number as an axis shows it: 1500 as 1.5k, 2000000 as 2M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -67,29 +76,35 @@ def short_number(value: float) -> str:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, from_zero: bool = False, y_max: float | None = None, percent: bool = False
+    title: str,
+    series: Sequence[Series],
+    *,
+    from_zero: bool = False,
+    y_max: float | None = None,
+    percent: bool = False,
+    log_x: bool = False,
+    over: str = "step",
 ) -> Markup:
-    """Return a figure with a chart over steps; one that has no finite value says so.
+    """Return a figure with a chart over steps, or what `over` says; one that has no finite value says so.
 
-    `from_zero` starts the y axis at 0, `y_max` is the least upper end, `percent` writes shares as percentages.
-    """
-    finite = [
-        Series(one.name, [point for point in one.points if all(map(math.isfinite, point))], one.style) for one in series
-    ]
+    `from_zero` starts the y axis at 0, `y_max` is the least upper end, `percent` writes shares as percentages, `log_x`
+    has positive x on a logarithmic axis.
+    """  # fmt: skip
+    finite = [replace(one, points=[point for point in one.points if all(map(math.isfinite, point))]) for one in series]
     xs = [x for one in finite for x, _ in one.points]
     ys = [y for one in finite for _, y in one.points]
     if not xs:
         return Markup("<figure><figcaption>{}</figcaption><p class=missing>no values</p></figure>").format(title)
     low, high = (0.0 if from_zero else min(ys)), max(ys if y_max is None else [*ys, y_max])
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    axes = _Axes(min(xs), max(xs), low if from_zero else low - margin, high + margin)
+    axes = _Axes(min(xs), max(xs), low if from_zero else low - margin, high + margin, log_x, over)
     last = finite[-1].points[-1] if finite[-1].points else (xs[-1], ys[-1])
     return Markup(
         "<figure><figcaption>{title}</figcaption>"
-        '<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}: {last} at step {step}">'
+        '<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}: {last} at {over} {step}">'
         "{grid}{lines}</svg></figure>"
     ).format(
-        title=title, width=WIDTH, height=HEIGHT, last=_label(last[1], percent), step=short_number(last[0]),
+        title=title, width=WIDTH, height=HEIGHT, last=_label(last[1], percent), step=short_number(last[0]), over=over,
         grid=_grid(axes, percent), lines=Markup("").join(_line(axes, one) for one in finite),
     )  # fmt: skip
 
@@ -102,9 +117,13 @@ class _Axes:
     x_high: float
     y_low: float
     y_high: float
+    log_x: bool
+    over: str
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / ((self.x_high - self.x_low) or 1.0) * (WIDTH - LEFT - RIGHT)
+        place = math.log10 if self.log_x else float
+        low, high = place(self.x_low), place(self.x_high)
+        return LEFT + (place(value) - low) / ((high - low) or 1.0) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         return TOP + (self.y_high - value) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
@@ -119,7 +138,7 @@ def _grid(axes: _Axes, percent: bool) -> Markup:
                 '<line x1="{}" x2="{}" y1="{}" y2="{}" class="grid"/><text x="{}" y="{}" dy="4" class="y">{}</text>'
             ).format(LEFT, WIDTH - RIGHT, y, y, LEFT - 7, y, _label(value, percent))
         )
-    for value in ticks(axes.x_low, axes.x_high):
+    for value in (log_ticks if axes.log_x else ticks)(axes.x_low, axes.x_high):
         parts.append(
             Markup('<text x="{}" y="{}" class="x">{}</text>').format(
                 f"{axes.x(value):.1f}", HEIGHT - 6, short_number(value)
@@ -133,11 +152,15 @@ def _line(axes: _Axes, series: Series) -> Markup:
     line = Markup('<polyline points="{}" class="{}"><title>{}</title></polyline>').format(
         " ".join(",".join(place) for place in places), series.style, series.name
     )
+    if series.label and places:
+        x, y = places[-1]
+        side = "y" if float(x) > WIDTH / 2 else ""  # class y ends at its place
+        line += Markup('<text x="{}" y="{}" dy="-6" class="{}">{}</text>').format(x, y, side, series.label)
     if series.style != "dotted" and len(places) > 1:
         return line
     dots = (
-        Markup('<circle cx="{}" cy="{}" r="2.6"><title>{} {} at step {}</title></circle>').format(
-            x, y, series.name, f"{value:.4f}", short_number(step)
+        Markup('<circle cx="{}" cy="{}" r="2.6"><title>{} {} at {} {}</title></circle>').format(
+            x, y, series.name, f"{value:.4f}", axes.over, short_number(step)
         )
         for (x, y), (step, value) in zip(places, series.points, strict=True)
     )

@@ -91,6 +91,26 @@ def resolve(config: PretrainConfig, vocab_size: int, sequence_len: int) -> Plan:
     )
 
 
+def with_budget(
+    config: PretrainConfig, vocab_size: int, sequence_len: int, budget: str, amount: float
+) -> PretrainConfig:
+    """Return the config whose steps spend `tokens` or `flops`, to the nearest step; batch and decay are as for those.
+
+    Raises: ConfigError if it does not buy one step.
+    """
+    model = resolve_model(config, vocab_size, sequence_len)
+    tokens = amount / scaling.flops_per_token(model, sequence_len) if budget == "flops" else amount
+    at_reference = scaling.reference_tokens(model, config.tokens_per_parameter)
+    batch = config.global_batch_tokens or max(scaling.batch_tokens(max(1, int(tokens)), at_reference), sequence_len)
+    if tokens < batch:
+        raise ConfigError(
+            f"{budget}={amount:g}: buys {tokens:.0f} tokens, not one step of {batch}. "
+            "Give more, or a smaller global_batch_tokens."
+        )
+    decay = config.weight_decay * scaling.horizon_tokens(model, config.tokens_per_parameter) / tokens
+    return replace(config, global_batch_tokens=batch, num_steps=round(tokens / batch), weight_decay=decay)
+
+
 def learning_rates(config: PretrainConfig) -> scaling.LearningRates:
     """Return the learning rates as given, before the batch and the schedule multiply them."""
     return scaling.LearningRates(

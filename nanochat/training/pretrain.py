@@ -1,5 +1,7 @@
 """Rows of tokens to a base model: the training loop with the depth dial's plan and nanochat's schedule."""
 
+import math
+
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.inference.completions import complete
 from nanochat.inference.engine import Engine, Request
@@ -30,9 +32,15 @@ def pretrain(config: PretrainConfig, run: RunContext, inputs: TrainingInputs) ->
 
 
 class Pretraining(TrainingLoop[PretrainConfig]):
-    """From random parameters, every token of a row a target."""
+    """From random parameters, every token of a row a target.
 
-    def __init__(self, config: PretrainConfig, run: RunContext, inputs: TrainingInputs) -> None:
+    After `limit_s` seconds of training, restarts included, it ends early, with a checkpoint and a score.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, run: RunContext, inputs: TrainingInputs, limit_s: float = math.inf
+    ) -> None:
+        self.limit_s = limit_s
         plan = planning.resolve(config, inputs.tokenizer.vocab_size, inputs.shards.sequence_len)
         rates = planning.learning_rates(config)
         super().__init__(config, run, inputs, plan, rates, document_masking=config.document_masking)
@@ -40,6 +48,19 @@ class Pretraining(TrainingLoop[PretrainConfig]):
     def schedule(self, step: int) -> StepSchedule:
         """Return nanochat's schedule at an update."""
         return schedule_at(self.config, step, self.plan.num_steps, self.plan.weight_decay)
+
+    def is_over(self) -> bool:
+        """Tell whether the horizon or the limit is reached."""
+        return self.saved_step == self.plan.num_steps or self.clock.training_s >= self.limit_s
+
+    def _stop_requested(self) -> bool:
+        return self.clock.training_s >= self.limit_s or super()._stop_requested()
+
+    def _finish(self, step: int) -> Checkpoint | None:
+        if step < self.plan.num_steps and self.is_over():
+            self._save(step)
+            self._evaluate(step)
+        return super()._finish(step)
 
     def sample(self, step: int) -> None:
         """Let the first worker complete the fixed prompts."""

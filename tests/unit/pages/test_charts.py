@@ -90,3 +90,17 @@ def test_short_numbers():
     assert [short_number(value) for value in (0, 0.25, 999, 1500, 11_534_441, 2e9)] == [
         "0", "0.25", "999", "1.5k", "11.53M", "2G",
     ]  # fmt: skip
+
+
+def test_a_logarithmic_axis_has_equal_steps_for_equal_factors():
+    figure = line_chart("Loss", [Series("loss", [(1e6, 3.0), (1e7, 2.0), (1e8, 1.0)], label="end")], log_x=True)
+    (x0, _), (x1, _), (x2, _) = places(figure, "line")
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.1)
+    texts = {text.text: text for text in drawn(figure).iter("text")}
+    assert {"1M", "2M", "5M", "10M", "20M", "50M", "100M"} <= texts.keys()
+    assert float(texts["end"].get("x")) == x2
+
+
+def test_a_logarithmic_axis_of_less_than_a_factor_of_two_has_round_numbers():
+    assert charts.log_ticks(1.1e6, 1.9e6) == ticks(1.1e6, 1.9e6)
+    assert charts.log_ticks(1e6, 5e6) == [1e6, 2e6, 5e6]

@@ -1,0 +1,35 @@
+"""Many pretraining runs side by side: a grid or list of flags to a table and the iso-FLOP picture. It resumes."""
+
+import contextlib
+import sys
+
+import tyro
+
+from nanochat import storage
+from nanochat.cluster.environment import set_ray_environment
+from nanochat.config.pretrain import PretrainConfig
+from nanochat.config.sweep import SweepConfig
+
+
+def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig], pretrain: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> int:
+    """Pretrain with every combination of flags, as many runs at a time as there is room for.
+
+    Run again, it starts what is not finished. Ctrl-C leaves with checkpoints.
+    """
+    set_ray_environment()
+    from nanochat.cluster.session import session
+    from nanochat.cluster.sweep import plan_sweep, run_sweep
+    from nanochat.cluster.terminal import Terminal, run_job
+
+    def main() -> None:
+        runs = plan_sweep(config, pretrain)
+        has_ended = all(run.has_ended for run in runs)
+        on_ray = contextlib.nullcontext() if has_ended else session(config.cluster, config.run_dir)
+        with storage.claimed(config.run_dir), on_ray:
+            run_sweep(config, runs, Terminal())
+
+    return run_job(main, storage.RunFolder(config.run_dir).ray_log)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(sweep))
