@@ -12,6 +12,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -88,6 +89,9 @@ def address_of(config: ClusterConfig) -> str | None:
 
 def _start_local() -> Any:
     memory = psutil.virtual_memory()
+    token_folder = Path.home() / ".ray"
+    token_folder.mkdir(exist_ok=True)
+    token_folder.chmod(0o700)  # Ray would write the token there for all users to read
     return ray.init(
         address="local",
         num_cpus=max(LOCAL_MIN_CPUS, psutil.cpu_count() or 1),
