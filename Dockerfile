@@ -18,9 +18,9 @@ ENV PATH=/home/ray/.venv/bin:$PATH \
     RAY_worker_niceness=0
 
 ARG TORCH_INDEX=
-COPY --chown=ray pyproject.toml README.md LICENSE ./
+COPY --chown=ray pyproject.toml constraints.txt README.md LICENSE ./
 COPY --chown=ray nanochat nanochat
 RUN python -m venv /home/ray/.venv \
- && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} .[cloud,fp8,wandb]
+ && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c constraints.txt .[cloud,fp8,wandb]
 COPY --chown=ray ray_jobs ray_jobs
 COPY --chown=ray serve_config.yaml ./

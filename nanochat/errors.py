@@ -12,14 +12,21 @@ NanochatError
   SandboxError         untrusted code cannot be confined here
 
 Messages are one line: `field=value: the rule. The remedy.` What files and servers say goes into them by `excerpt`.
+Users and passwords in addresses are masked in both.
 """
 
+import re
+
 EXCERPT_CHARS = 200
+_CREDENTIALS = re.compile(r"""(?:(?<=http://)|(?<=https://))[^/?#\s]*@|(?<=://)[^/?#\s@]*:(?!\d+[/?#])[^\s'"<>]*@""")
+"""What stands before an @ at the start of an address: over HTTP all of it; elsewhere (abfs://container@account) only if
+it has a colon that no port follows."""
 
 
 def excerpt(content: object) -> str:
     """Return what came from outside for a message: one line of at most EXCERPT_CHARS, escaped where not printable."""
-    line = escaped(" ".join(str(content)[: 10 * EXCERPT_CHARS].split())[: EXCERPT_CHARS + 1])
+    start = without_credentials(str(content)[: 10 * EXCERPT_CHARS])
+    line = escaped(" ".join(start.split())[: EXCERPT_CHARS + 1])
     return line if len(line) <= EXCERPT_CHARS else line[: EXCERPT_CHARS - 3] + "..."
 
 
@@ -28,12 +35,27 @@ def escaped(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def without_credentials(text: str) -> str:
+    """Return a text whose addresses have lost the user and password before their host."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def refuse_credentials(**fields: object) -> None:
+    """Raise ConfigError if an address in a field holds a user or password: config.json and notes would keep them."""
+    for field, value in fields.items():
+        if without_credentials(text := str(value)) != text:
+            raise ConfigError(
+                f"{field}={text}: an address must not hold a user or password. Put them where the storage's own "
+                "package looks for them: for s3:// the environment or ~/.aws."
+            )
+
+
 class NanochatError(Exception):
     """An error whose message says all that a user needs; shown without a traceback."""
 
     def __init__(self, message: str) -> None:
-        """Keep the message escaped: paths and addresses stand in it as they are."""
-        super().__init__(escaped(message))
+        """Keep the message escaped and without passwords: paths and addresses stand in it as they are."""
+        super().__init__(escaped(without_credentials(message)))
 
 
 class ConfigError(NanochatError, ValueError):

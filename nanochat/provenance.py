@@ -12,6 +12,7 @@ from typing import Any
 
 from nanochat import __version__, storage
 from nanochat.config.identity import identity_fields, refuse_other_identity
+from nanochat.errors import refuse_credentials
 
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "tiktoken", "rustbpe", "safetensors")
 
@@ -36,8 +37,10 @@ def begin_stage(
 def check_stage(folder: str, configs: dict[str, Any], files: Sequence[str] = ()) -> dict[str, Any]:
     """Return the identity of named config dataclasses and of files' content, the folder's if it has one.
 
-    Nothing is written. Raises: ConfigError naming each identity field and file that differs.
+    Nothing is written. Raises: ConfigError naming each identity field and file that differs, or as refuse_credentials.
     """
+    for config in configs.values():
+        refuse_credentials(**vars(config))
     identity = {
         f"{name}.{field}": value for name, config in configs.items() for field, value in identity_fields(config).items()
     }

@@ -21,7 +21,7 @@ import fsspec
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from nanochat.errors import ConfigError, DamagedFileError, excerpt
+from nanochat.errors import ConfigError, DamagedFileError, excerpt, refuse_credentials
 
 READ_BLOCK_BYTES = 1 << 20
 
@@ -39,8 +39,9 @@ def name_of(path: str) -> str:
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the filesystem of a path or URI and the path within it.
 
-    Raises: ConfigError if the URI's scheme needs a package that is not installed.
+    Raises: ConfigError if the URI's scheme needs a package that is not installed, or if a password stands in the URI.
     """
+    refuse_credentials(path=path)
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as err:

@@ -12,6 +12,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -136,6 +137,9 @@ def _start_local() -> Any:
     # A control store of one's own that is gone does not come back: not 60 s of waiting for it.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     memory = psutil.virtual_memory()
+    token_folder = Path.home() / ".ray"
+    token_folder.mkdir(exist_ok=True)
+    token_folder.chmod(0o700)  # Ray would write the token there for all users to read
     return ray.init(
         address="local",
         num_cpus=max(LOCAL_MIN_CPUS, psutil.cpu_count() or 1),

@@ -18,7 +18,7 @@ from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.training import LearnerConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import CheckpointError, ConfigError, DamagedFileError
+from nanochat.errors import CheckpointError, ConfigError, DamagedFileError, refuse_credentials
 from nanochat.evaluation import core
 from nanochat.evaluation.bits_per_byte import bits_per_byte, count_nats_and_bytes
 from nanochat.evaluation.chat import Verdict, judge
@@ -75,6 +75,7 @@ class Evaluator:
     """Scores items; models, tasks and bundle are loaded when an item first asks for them. It travels without them."""
 
     def __init__(self, config: EvaluationConfig, run: RunContext, run_dir: str, models: Sequence[Model]) -> None:
+        refuse_credentials(**vars(config))
         self.config, self.run, self.folder = config, run, RunFolder(run_dir)
         self.models = {model.name: model for model in models}
         if len(self.models) < len(models):

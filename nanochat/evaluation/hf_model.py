@@ -20,7 +20,7 @@ BATCH_TOKENS = 4096
 
 def weights_of(path: str) -> str:
     """Return a hash of a model's files of weights."""
-    names = [name for name in storage.list_names(path) if name.endswith((".safetensors", ".bin"))]
+    names = [name for name in storage.list_names(path) if name.endswith(".safetensors")]
     return storage.sha256_json([(name, storage.sha256_file(storage.join(path, name))) for name in names])
 
 
@@ -28,7 +28,7 @@ class HFScorer:
     """A local causal language model and its tokenizer as Scorer."""
 
     def __init__(self, path: str, batch_tokens: int | None = None, device: torch.device | str = "cpu") -> None:
-        """Load what `save_pretrained` wrote, in float32; nothing is downloaded.
+        """Load what `save_pretrained` wrote, in float32; nothing is downloaded, unpickled or run.
 
         `bos` is the tokenizer's, or its end-of-text token where it has none; `max_tokens` is what the model has
         positions for; `batch_tokens` none = BATCH_TOKENS. Raises: ConfigError if transformers is not installed or
@@ -39,10 +39,13 @@ class HFScorer:
         except ImportError as err:
             raise ConfigError(f"model={path}: needs the package transformers. pip install transformers") from err
         try:
-            self._tokenizer = library.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            model, loaded = library.AutoModelForCausalLM.from_pretrained(
-                path, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            self._tokenizer = library.AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
             )
+            model, loaded = library.AutoModelForCausalLM.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+                output_loading_info=True,
+            )  # fmt: skip
         except Exception as err:  # of damaged files each part of the library says so with another class, or none
             raise ConfigError(f"model={path}: is no model on this disk ({excerpt(err)}). Fetch it first.") from err
         # Of what is not there the library makes random weights and a tokenizer without tokens.

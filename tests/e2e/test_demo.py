@@ -17,6 +17,8 @@ from nanochat.storage import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 MAX_TERMINAL_LINES = 52
+MARK = "Secret0f7c1e"
+SECRETS = ("NANOCHAT_API_KEYS", "WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -38,6 +40,7 @@ def command(entry_point: str, *flags: object, timeout_s: float, compiled: bool =
     """Run a command from the source tree and return what the terminal saw."""
     arguments = [sys.executable, f"ray_jobs/{entry_point}.py", *map(str, flags)]
     environment = os.environ | {"CI": "1"} | ({} if compiled else {"TORCH_COMPILE_DISABLE": "1"})
+    environment |= {name: f"{MARK}_{name}" for name in SECRETS}
     done = subprocess.run(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, cwd=ROOT,
         env=environment,
@@ -53,6 +56,15 @@ def assert_quiet(said: str, folders: list[Path]) -> None:
     for folder in folders:
         said = said.replace(str(folder), "")
     assert not re.search(r"\bray|pid=|warning|\bINFO\b|traceback", said, re.IGNORECASE), said
+
+
+def assert_no_secret(said: str, run_dir: Path) -> None:
+    """Nothing of the environment's secrets is on the terminal, in the run directory or in the logs of its Rays."""
+    rays = re.findall(r"the logs of Ray's processes are in (\S+)/logs", (run_dir / "ray.log").read_text())
+    files = [path for folder in (run_dir, *map(Path, rays)) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert [path for path in files if MARK.encode() in path.read_bytes()] == []
+    assert MARK not in said
 
 
 def losses_and_scores(run_dir: Path) -> tuple[list[dict], list[float]]:
@@ -101,6 +113,7 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     assert re.search(r"page       http://127.0.0.1:\d+/\n", said)
     assert re.search(r"curl -N http://127.0.0.1:\d+/v1/chat/completions", said)
     assert "answer     " in said, "where CI is set it is asked once"
+    assert_no_secret(said, run_dir)
     assert_the_model_can_be_talked_to(run_dir)
     weights = next((run_dir / "pretrain" / "checkpoints" / "step_000004").glob("model*.safetensors"))
     written = weights.stat().st_mtime_ns

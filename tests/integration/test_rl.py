@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -12,10 +13,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ray import cloudpickle
 from rl_run import HERE, Killer, TinyRL, batches, check_log, processes, write_problems
 from test_pretraining import notes_of, wait_for
 
 from nanochat.cluster import rl_benchmark
+from nanochat.cluster.session import actor_map
 from nanochat.cluster.terminal import Terminal
 from nanochat.errors import ClusterError, ConfigError
 from nanochat.storage import RunFolder, read_jsonl
@@ -62,6 +65,20 @@ def test_actors_sample_what_one_process_does(tiny, alone, tmp_path):
     assert [row["staleness_max"] for row in rows] == [0] * 6
     assert all(row["sync_bytes"] > 0 and 0 <= row["rollout_idle_share"] <= 1 for row in rows)
     assert max(row["mismatch_kl"] for row in rows) < 1e-9
+
+
+def test_code_that_a_model_wrote_runs_in_no_actor(tiny, tmp_path):
+    """It ends well in the sandbox, as a rollout actor and one of evaluation call it; both of them live on."""
+    config = tiny.config(reward="tiny_rewards:hostile_code", num_steps=1, groups_per_step=1, checkpoint_every=0)
+    assert tiny.on_ray(config, tmp_path, actors=1) is not None
+    (row,) = [record for record in read_jsonl(f"{tmp_path}/metrics.jsonl") if "reward" in record]
+    assert (row["reward"], row["rollout_deaths"]) == (1.0, 0.0)
+    from tiny_rewards import hostile_code
+
+    cloudpickle.register_pickle_by_value(sys.modules["tiny_rewards"])
+    asked = list(actor_map(1, 0.0)(lambda item: (hostile_code(None, ""), os.getpid()), range(2)))
+    assert [reward for reward, _ in asked] == [1.0, 1.0]
+    assert len({process for _, process in asked} - {os.getpid()}) == 1, "the same actor, elsewhere"
 
 
 @pytest.mark.slow

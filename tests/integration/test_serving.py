@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import stat
@@ -225,6 +226,11 @@ def test_others_reach_it_with_a_key_where_it_is_told_to_listen(tmp_path, is_name
         key = {"Authorization": "Bearer sesame"}
         outcome = run(lambda session: stream(session, url, HELLO | {"max_tokens": 4}, path=CHAT, headers=key))
         assert outcome.is_complete, outcome
+        dashboard = re.search(r"dashboard at \S*?(http://[\d.:]+)", (tmp_path / "log").read_text())
+        with pytest.raises(
+            urllib.error.HTTPError, match="401"
+        ):  # a Ray of its own: nobody submits jobs without a token
+            urllib.request.urlopen(f"{dashboard[1]}/api/jobs/", timeout=10)
         os.kill(job.pid, signal.SIGINT)
         assert job.wait(60) == 0
     finally:
@@ -260,7 +266,8 @@ def test_the_config_file_is_served(tmp_path):
     file = tmp_path / "serve_config.yaml"
     file.write_text(yaml.safe_dump(config))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_SERVE", "RAY_ADDRESS"))}
-    environment |= {"PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_AUTH_MODE", None)
+    environment |= {"PYTHONPATH": str(root)}
     command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen(
@@ -272,6 +279,11 @@ def test_the_config_file_is_served(tmp_path):
         wait_until_ready(address)
         outcome = run(lambda session: stream(session, address, HELLO | {"max_tokens": 8}, path=CHAT))
         assert outcome.is_complete, outcome
+        dashboard = re.search(r"dashboard at \S*?(http://[\d.:]+)", (tmp_path / "log").read_text())
+        with pytest.raises(
+            urllib.error.HTTPError, match="401"
+        ):  # a Ray of its own: nobody submits jobs without a token
+            urllib.request.urlopen(f"{dashboard[1]}/api/jobs/", timeout=10)
         os.kill(job.pid, signal.SIGINT)
         assert job.wait(60) == 0
     finally:

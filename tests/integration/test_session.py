@@ -1,7 +1,10 @@
-"""The map that runs on Ray: order, a task that dies, errors as they were."""
+"""The map that runs on Ray: order, a task that dies, errors as they were; and who may join that Ray."""
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +124,24 @@ def test_a_run_directory_in_a_jobs_package_is_refused(tmp_path):
         session(ClusterConfig(), str(inside)),
     ):
         pass
+
+
+ASK = "import sys, ray._raylet; print(ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_keys(b'', b'', 5))"
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_let_in"),
+    [({}, True), ({"RAY_AUTH_MODE": "disabled"}, False), ({"RAY_AUTH_TOKEN": "0" * 32}, False)],
+)
+def test_a_ray_of_ones_own_answers_to_the_token_alone(ray_session, environment, is_let_in):
+    import ray
+
+    asked = [sys.executable, "-c", ASK, ray.get_runtime_context().gcs_address]
+    done = subprocess.run(asked, env=os.environ | environment, capture_output=True, text=True, timeout=50)
+    assert (done.returncode == 0) == is_let_in, done.stderr
+    assert is_let_in or "token is missing or incorrect" in done.stderr
+
+
+def test_no_other_user_reads_the_token(ray_session):
+    assert (Path.home() / ".ray" / "auth_token").is_file()
+    assert (Path.home() / ".ray").stat().st_mode & 0o077 == 0

@@ -62,3 +62,36 @@ def test_every_error_is_raised_somewhere(cls):
     sources = [path.read_text() for path in root.rglob("*.py") if path.name != "errors.py"]
     made = re.compile(rf"\b{cls.__name__}\(")
     assert any(made.search(source) for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:Secret@example.org/x", "https://***@example.org/x"),
+        ("https://Secret@example.org/x@1", "https://***@example.org/x@1"),
+        ("https://me:Sec@ret@example.org/x", "https://***@example.org/x"),
+        ("s3://KEY:Sec/ret+1@bucket/x", "s3://***@bucket/x"),
+        ("simplecache::https://me:Secret@example.org/x", "simplecache::https://***@example.org/x"),
+        ("('corpus=s3://KEY:Secret@bucket/x', 'y')", "('corpus=s3://***@bucket/x', 'y')"),
+    ],
+)
+def test_passwords_in_addresses_are_shown_to_nobody(address, shown):
+    assert errors.without_credentials(address) == shown
+    assert str(errors.DataError(f"url={address}: is down.")) == f"url={shown}: is down."
+    assert errors.excerpt(address) == shown
+    padding = "x" * (errors.EXCERPT_CHARS - len(address) + 8)
+    assert "Sec" not in errors.excerpt(padding + address), "nor half of it, where the excerpt ends"
+    with pytest.raises(errors.ConfigError, match=r"^mirror=.*\*\*\*@.*: an address must not hold"):
+        errors.refuse_credentials(folder="runs/a", mirror=address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://example.org/a@b", "http://localhost:9000/data/a@1.parquet", "abfs://container@account/x", "runs/a:b@c",
+        "hf://datasets/user/repo@main/x", "s3://bucket/a:b@c", "mail me@example.org: now", "http://[::1]:80/a", "",
+    ],
+)  # fmt: skip
+def test_addresses_without_passwords_stay_as_they_are(address):
+    assert errors.without_credentials(address) == address
+    errors.refuse_credentials(address=address)

@@ -138,3 +138,12 @@ def test_the_commit_says_whether_the_tree_was_changed(tmp_path, monkeypatch):
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() is None
+
+
+@pytest.mark.parametrize("field", ["corpus", "mirror"])
+def test_a_password_in_an_address_comes_into_no_record(folder, field):
+    config = CorpusConfig(**{field: "https://me:Secret@example.org/x"})
+    for start in (check_stage, begin_stage):
+        with pytest.raises(ConfigError, match=rf"^{field}=https://\*\*\*@example\.org/x: an address must not hold"):
+            start(folder, {"shards": ShardsConfig(), "corpus": config})
+    assert storage.list_names(folder) == []

@@ -167,6 +167,12 @@ def test_a_scheme_without_a_reader_says_what_to_do():
         storage.exists("nosuch://x")
 
 
+def test_a_password_in_an_address_is_refused_before_anybody_is_asked():
+    for use in (storage.exists, storage.list_names, RunFolder):
+        with pytest.raises(ConfigError, match=r"^path=s3://\*\*\*@bucket/runs: an address must not hold a user"):
+            use("s3://KEY:Secret@bucket/runs")
+
+
 def test_a_local_run_folder_means_the_same_in_every_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert RunFolder("runs/x").pretrain.root == f"{tmp_path}/runs/x/pretrain"

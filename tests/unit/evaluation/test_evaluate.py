@@ -179,3 +179,8 @@ def test_conversations_without_a_right_answer_are_not_scored(tmp_path):
     (folder / "test.jsonl").write_text(line)
     with pytest.raises(ConfigError, match="has no right answers to score"):
         list(items_of(evaluator(tmp_path, tasks=(f"messages={folder}",))))
+
+
+def test_a_password_in_an_address_comes_into_no_file_of_scores(tmp_path):
+    with pytest.raises(ConfigError, match=r"^task_mirror=https://\*\*\*@example\.org/x: an address must not hold"):
+        evaluator(tmp_path, task_mirror="https://me:Secret@example.org/x")

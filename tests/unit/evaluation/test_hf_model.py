@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from naive_core import naive_is_right, naive_prompts, naive_scores, naive_spans
 from small_bundle import CHOICE_ROWS, COPY_ROWS, SCHEMA_ROWS, write_bundle
@@ -147,6 +148,18 @@ def one_more_layer(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
 
 
+def pickled(folder: Path) -> None:
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_code_of_its_own(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text("raise SystemExit('the code of a model was run')\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -154,6 +167,8 @@ def one_more_layer(folder: Path) -> None:
         (lambda f: os.truncate(f / "model.safetensors", 20_000), "is no model on this disk"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "is no model on this disk"),
         (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "lacks weights or a tokenizer. Fetch all files"),
+        (pickled, "is no model on this disk .*safetensors"),
+        (with_code_of_its_own, "is no model on this disk .*contains custom code"),
         (one_more_layer, "lacks weights or a tokenizer. Fetch all files"),
     ],
 )
