@@ -37,8 +37,8 @@ LAST_SAVE_S = 20.0
 """So long before a node is taken away the last checkpoint is begun."""
 
 
-class Request(enum.IntEnum):
-    """What the first worker asks all of them to do after a step."""
+class Command(enum.IntEnum):
+    """What the first worker has all of them do after a step."""
 
     NOTHING = 0
     SAVE = 1
@@ -150,22 +150,22 @@ class Learner(Generic[Config]):
         self.saved_step = step
         self.cadence.saved(step, time.perf_counter() - start_s)
 
-    def request(self, look_for_stop: bool = True) -> Request:
-        """Return what all workers shall do after the present step; only the first one asks.
+    def command(self, look_for_stop: bool = True) -> Command:
+        """Return what all workers shall do after the present step; the first one says so.
 
         A node that will be taken away is a reason to save twice: at once, for it may go early, and shortly before its
         time, so that little is done again.
         """
         if self.context.rank > 0:
-            return Request.NOTHING
+            return Command.NOTHING
         if look_for_stop and storage.exists(self.folder.stop):
-            return Request.LEAVE
+            return Command.LEAVE
         left_s = self.context.seconds_left()
         if left_s is None or not self._saves_with_s_left or left_s > self._saves_with_s_left[-1]:
-            return Request.NOTHING
+            return Command.NOTHING
         self._saves_with_s_left.pop()
         self.folder.note(f"a node will be taken away in {left_s:.0f} s: a checkpoint is written")
-        return Request.SAVE
+        return Command.SAVE
 
     def finish(self, step: int) -> Checkpoint | None:
         """Wait for what is being written; return the last checkpoint if the horizon is reached."""

@@ -31,7 +31,7 @@ from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, step_folder
-from nanochat.training.learner import Learner, Request
+from nanochat.training.learner import Command, Learner
 from nanochat.training.metrics import StepClock
 from nanochat.training.step import Supervised, TrainingStep, split_rows
 
@@ -131,14 +131,14 @@ class TrainingLoop(Learner[Config]):
                 self._evaluate(step)
             if step > 0 and self._due(self.config.sample_every, step):
                 self._sample(step)
-            result = self.step.run(batch.rows_BT1, self.schedule(step), self._request())
+            result = self.step.run(batch.rows_BT1, self.schedule(step), self._command())
             if not math.isfinite(result.loss):
                 raise self.diverged("loss", result.loss, step)
             self._log(step, batch, result.loss)
-            stopped = result.request == Request.LEAVE
+            stopped = result.command == Command.LEAVE
             step += 1
             is_due = step < self.plan.num_steps and self.cadence.due(step)
-            if is_due or (result.request == Request.SAVE and step < self.plan.num_steps):
+            if is_due or (result.command == Command.SAVE and step < self.plan.num_steps):
                 self._save(step)
             if step < self.plan.num_steps:
                 batch = self._next_rows()
@@ -215,8 +215,8 @@ class TrainingLoop(Learner[Config]):
         self.clock.rows_arrived()
         return batch
 
-    def _request(self) -> Request:
-        return self.request(look_for_stop=self.clock.every(self.folder.stop_check_s))
+    def _command(self) -> Command:
+        return self.command(look_for_stop=self.clock.every(self.folder.stop_check_s))
 
     def _log(self, step: int, batch: StepRows, loss: float) -> None:
         """Write what a step says: every `log_every` steps, and the first and last."""

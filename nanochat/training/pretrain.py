@@ -10,6 +10,7 @@ from nanochat.model.optimizer import StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint
+from nanochat.training.learner import Command
 from nanochat.training.loop import TrainingInputs, TrainingLoop
 from nanochat.training.schedules import schedule_at
 
@@ -53,8 +54,9 @@ class Pretraining(TrainingLoop[PretrainConfig]):
         """Tell whether the horizon or the limit is reached."""
         return self.saved_step == self.plan.num_steps or self.clock.training_s >= self.limit_s
 
-    def _stop_requested(self) -> bool:
-        return self.clock.training_s >= self.limit_s or super()._stop_requested()
+    def _command(self) -> Command:
+        is_late = self.context.rank == 0 and self.clock.training_s >= self.limit_s
+        return Command.LEAVE if is_late else super()._command()
 
     def _finish(self, step: int) -> Checkpoint | None:
         if step < self.plan.num_steps and self.is_over():

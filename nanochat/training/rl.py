@@ -37,7 +37,7 @@ from nanochat.tasks.registry import UNSCORED, load_named
 from nanochat.tasks.task import Task
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, load_parameters, newest_checkpoint
-from nanochat.training.learner import Learner, Request
+from nanochat.training.learner import Command, Learner
 from nanochat.training.plan import Plan
 from nanochat.training.policy_step import PolicyStep
 from nanochat.training.rollout_queue import Batch, RolloutSource
@@ -192,25 +192,25 @@ class PolicyTraining(Learner[RLConfig]):
         if self.rollouts is not None and step < self.plan.num_steps:
             self.rollouts.begin(self.next_group, step)
             self._publish(step)
-        request = Request.NOTHING
+        command = Command.NOTHING
         while True:
             if step == self.plan.num_steps and self.rollouts is not None:
                 self.rollouts.close()  # no more samples are needed
             if step in (0, self.plan.num_steps) or self._due(self.config.evaluate_every, step):
                 self._evaluate(step)
-            if request == Request.LEAVE or step == self.plan.num_steps:
+            if command == Command.LEAVE or step == self.plan.num_steps:
                 return step
-            request = self._update(step)
+            command = self._update(step)
             step += 1
             is_due = step < self.plan.num_steps and self.cadence.due(step)
-            if is_due or (request == Request.SAVE and step < self.plan.num_steps):
+            if is_due or (command == Command.SAVE and step < self.plan.num_steps):
                 self._save(step)
 
-    def _update(self, step: int) -> Request:
-        """Take a batch, update, and publish the next policy; returns what the first worker asks for."""
+    def _update(self, step: int) -> Command:
+        """Take a batch, update, and publish the next policy; returns the first worker's command."""
         start_s = time.perf_counter()
         taken = None if self.rollouts is None else self.rollouts.take()
-        batch, request = self.shared((taken, self.request()))
+        batch, command = self.shared((taken, self.command()))
         waited_s = time.perf_counter() - start_s
         figures = self.step.run(batch, self.schedule(step))
         if not math.isfinite(figures["loss"]):
@@ -223,12 +223,12 @@ class PolicyTraining(Learner[RLConfig]):
                     f"update {step + 1} trained nothing: in no group did rewards differ. If that goes on: an easier "
                     "task, more samples_per_group, a higher temperature"
                 )
-        if step + 1 < self.plan.num_steps and request != Request.LEAVE:
+        if step + 1 < self.plan.num_steps and command != Command.LEAVE:
             self._publish(step + 1)
         step_s = time.perf_counter() - start_s
         self.training_s += step_s
         self._log(step, batch, figures, step_s, waited_s)
-        return request
+        return command
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0

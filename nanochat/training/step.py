@@ -24,8 +24,8 @@ class StepResult:
 
     loss: float
     """Mean nats per token over the global batch, before the update."""
-    request: int
-    """What the workers asked for, summed up: only the first one asks."""
+    command: int
+    """What the workers passed, summed up: only the first one has a command."""
 
 
 def split_rows(rows_BT1: np.ndarray, micro_batch_rows: int) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ class TrainingStep:
         loss.backward()
         return loss.detach()
 
-    def run(self, rows_BT1: np.ndarray, schedule: StepSchedule, request: int = 0) -> StepResult:
+    def run(self, rows_BT1: np.ndarray, schedule: StepSchedule, command: int = 0) -> StepResult:
         """Train on this worker's rows of one step; every worker calls it with equally many rows."""
         world_size = self.optimizer.world_size
         global_tokens = self._count_targets(rows_BT1)
@@ -86,11 +86,11 @@ class TrainingStep:
                 self.optimizer.reduce_in_backward()
             total += self.backward(micro_batch, global_tokens)
         self.optimizer.step(schedule)
-        shared = torch.stack([total, torch.tensor(float(request), device=self.device)])
+        shared = torch.stack([total, torch.tensor(float(command), device=self.device)])
         if world_size > 1:
             dist.all_reduce(shared)
-        loss, request = shared.tolist()
-        return StepResult(loss, int(request))
+        loss, command = shared.tolist()
+        return StepResult(loss, int(command))
 
     def _count_targets(self, rows_BT1: np.ndarray) -> int:
         """Return how many tokens of the global batch are trained on, at least 1."""

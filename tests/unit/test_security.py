@@ -100,11 +100,11 @@ def test_a_job_that_starts_ray_asks_for_a_token_first(path):
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     starts_ray = any(re.match(r"nanochat\.cluster\.(?!environment|terminal)", module) for module in modules)
     assert starts_ray == (path.name != "chat.py")
-    (called,) = re.findall(r"sys\.exit\((?:(\w+)\()?tyro\.cli\((\w+)", ast.unparse(tree))
+    (called,) = re.findall(r"sys\.exit\((?:(\w+)\()?tyro\.(?:cli|extras\.\w+)\((\w+)", ast.unparse(tree))
     (command,) = (
         node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == (called[0] or called[1])
     )
-    before_imports = ast.unparse(command).partition("from nanochat")[0]
+    before_imports = ast.unparse(command).partition("from nanochat.cluster")[0]
     assert "set_ray_environment()" in before_imports or not starts_ray
 
 

@@ -1,6 +1,7 @@
-"""cluster.yaml by Ray's own validator, by EC2's own field names, and by what else would only show on a paid machine."""
+"""The files for `ray up` by Ray's validator, EC2's field names, and what else would only show on a paid machine."""
 
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-CONFIG = yaml.safe_load((Path(__file__).parents[3] / "cluster.yaml").read_text())
+PROJECT = Path(__file__).parents[3]
+CONFIG = yaml.safe_load((PROJECT / "cluster.yaml").read_text())
+OWN_MACHINES = yaml.safe_load((PROJECT / "deploy" / "own-machines.yaml").read_text())
 MACHINES = {"m7i.2xlarge": (8, 0), "m7i.16xlarge": (64, 0), "p5.48xlarge": (192, 8), "g6.48xlarge": (192, 8),
             "g6.12xlarge": (48, 4)}  # fmt: skip
 """vCPUs and GPUs. Source: aws.amazon.com/ec2/instance-types, 2026-11."""
@@ -23,8 +26,12 @@ def problems(config: dict) -> list[str]:
         validate_config(prepare_config(copy.deepcopy(config)))
     except Exception as err:  # whatever the validator finds
         return [f"ray: {err}"]
-    found = [f"{name}: must be written out" for name in EMPTY if config.get(name) != []]
-    for name, node in config["available_node_types"].items():
+    found = []
+    if config["provider"]["type"] != "local":  # its defaults are empty
+        found += [f"{name}: must be written out" for name in EMPTY if config.get(name) != []]
+    elif "--gpus" not in config["docker"]["run_options"]:
+        found.append("docker: its containers see no GPU")
+    for name, node in config.get("available_node_types", {}).items():
         found += [f"{name}: {problem}" for problem in problems_of_node(config, name, node)]
     for kind in ("head", "worker"):
         if not any(
@@ -40,11 +47,16 @@ def problems(config: dict) -> list[str]:
     return found
 
 
+@functools.cache
+def fields_of_ec2():
+    """What EC2 calls a machine's properties."""
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+
+
 def problems_of_node(config: dict, name: str, node: dict) -> list[str]:
     """Return what is wrong with a node type."""
     machine, docker, is_head = node["node_config"], node.get("docker", {}), name == config["head_node_type"]
-    ec2 = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    report = botocore.validate.ParamValidator().validate(machine | {"MinCount": 1, "MaxCount": 1}, ec2)
+    report = botocore.validate.ParamValidator().validate(machine | {"MinCount": 1, "MaxCount": 1}, fields_of_ec2())
     cpus, gpus = MACHINES.get(machine.get("InstanceType"), (0, 0))
     image = docker.get("worker_image", config["docker"]["image"])
     expected = {"CPU": 0} if is_head else {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
@@ -64,8 +76,15 @@ def test_the_cluster_file_is_sound():
     assert problems(CONFIG) == []
 
 
-def changed(path: str, value: object) -> dict:
-    config = copy.deepcopy(CONFIG)
+def test_the_file_for_own_machines_is_sound_and_starts_ray_alike():
+    assert problems(OWN_MACHINES) == []
+    for name in ("file_mounts", "head_start_ray_commands", "worker_start_ray_commands"):
+        assert OWN_MACHINES[name] == CONFIG[name]
+    assert OWN_MACHINES["docker"]["image"] == CONFIG["docker"]["image"]
+
+
+def changed(path: str, value: object, start: dict = CONFIG) -> dict:
+    config = copy.deepcopy(start)
     *parents, last = path.split("/")
     place = config
     for name in parents:
@@ -104,4 +123,21 @@ def changed(path: str, value: object) -> dict:
 )  # fmt: skip
 def test_what_is_wrong_with_it_is_found(path, value, message):
     found = problems(changed(path, value))
+    assert any(message in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("provider/worker_ips", None, "ray: "),
+        ("provider/head_ip", None, "ray: "),
+        ("available_node_types", {"gpu": {"resources": {}, "node_config": {}}}, "ray: "),
+        ("max_worker", 2, "ray: "),
+        ("docker/run_options", [], "see no GPU"),
+        ("file_mounts", {}, "nobody brings the token"),
+        ("head_start_ray_commands", ["ray start --head --dashboard-host=127.0.0.1"], "without a token"),
+    ],
+)
+def test_what_is_wrong_with_the_one_for_own_machines_is_found(path, value, message):
+    found = problems(changed(path, value, OWN_MACHINES))
     assert any(message in problem for problem in found), found

@@ -45,9 +45,9 @@ def test_each_rate_moves_its_parameters_and_no_others(new_run, flag, governed):
 def schedules_of(monkeypatch, run, config) -> list[StepSchedule]:
     run_step, seen = TrainingStep.run, []
 
-    def recorded(step, rows_BT1, schedule, request):
+    def recorded(step, rows_BT1, schedule, command):
         seen.append(schedule)
-        return run_step(step, rows_BT1, schedule, request)
+        return run_step(step, rows_BT1, schedule, command)
 
     monkeypatch.setattr(TrainingStep, "run", recorded)
     run(config)

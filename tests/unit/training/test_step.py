@@ -69,8 +69,8 @@ def test_the_loss_is_the_mean_over_the_tokens_before_the_update():
     expected = -log_p.gather(2, tokens[:, 1:, None]).mean()
     result = training_step(model).run(rows, SCHEDULE)
     assert result.loss == pytest.approx(float(expected), abs=1e-5)
-    assert result.request == 0
-    assert training_step(model).run(rows, SCHEDULE, request=2).request == 2
+    assert result.command == 0
+    assert training_step(model).run(rows, SCHEDULE, command=2).command == 2
 
 
 def gradients(micro_batch_rows: int) -> dict[str, torch.Tensor]:
