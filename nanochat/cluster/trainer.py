@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private.state import state
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import DEFAULT_PREEMPTION_DEADLINE_S
@@ -91,14 +92,25 @@ class OnFailure(UserCallback):
 
 
 class DividingScalingPolicy(ElasticScalingPolicy):
-    """Ray's elastic policy, restricted to worker counts that divide the rows of a step."""
+    """Ray's elastic policy, restricted to worker counts that divide the rows of a step.
+
+    What Ray 2.60 reserves for a run minds neither labels nor that a node will be taken away: it would wait for workers
+    that have no place. So nodes with the run's label count with all that they have, and nodes that drain not at all.
+    """
 
     def __init__(self, scaling_config: ScalingConfig, allowed: list[int]) -> None:
         super().__init__(scaling_config)
         self.allowed = allowed
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        possible = super()._count_possible_workers(reserved_resources)
+        usable = reserved_resources
+        if label := self.scaling_config.label_selector:
+            nodes = (node for node in ray.nodes() if node["Alive"] and label.items() <= node["Labels"].items())
+            usable = {node["NodeID"]: node["Resources"] for node in nodes}
+        draining = state.get_draining_nodes()
+        possible = super()._count_possible_workers(
+            {node: amounts for node, amounts in usable.items() if node not in draining}
+        )
         return max((workers for workers in self.allowed if workers <= possible), default=0)
 
 
