@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import uuid
@@ -218,25 +219,23 @@ def free_bytes(path: str) -> int | None:
 def claimed(run_dir: str) -> Iterator[None]:
     """Keep a local run directory to this process for the time of the block; the system ends the claim of a killed one.
 
-    Raises: ConfigError if another process has it. A URI cannot be claimed.
+    Raises: ConfigError if another process has it, or if it cannot be written. A URI can only be tried.
     """
-    if not is_local(run_dir):
+    local = is_local(run_dir)
+    with contextlib.ExitStack() as claim:
+        try:
+            if local:
+                make_folder(run_dir)
+                claim.enter_context(FileLock(join(absolute(run_dir), "lock"), timeout=0))
+            else:
+                write_json(join(run_dir, "last_use.json"), {"host": platform.node(), "pid": os.getpid()})
+        except Timeout as err:
+            raise ConfigError(
+                f"run_dir={run_dir}: another command is at work in it. Wait for its end, or use another --run-dir."
+            ) from err
+        except Exception as err:  # every storage has errors of its own
+            raise ConfigError(f"run_dir={run_dir}: cannot be written ({excerpt(err)}). Use another --run-dir.") from err
         yield
-        return
-    lock = FileLock(join(absolute(run_dir), "lock"))
-    try:
-        make_folder(run_dir)
-        lock.acquire(timeout=0)
-    except Timeout as err:
-        raise ConfigError(
-            f"run_dir={run_dir}: another command is at work in it. Wait for its end, or use another --run-dir."
-        ) from err
-    except OSError as err:
-        raise ConfigError(f"run_dir={run_dir}: cannot be written ({excerpt(err)}). Use another --run-dir.") from err
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)

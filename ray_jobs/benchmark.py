@@ -80,7 +80,6 @@ def benchmark(config: BenchmarkConfig) -> int:
     from nanochat.run_context import RunContext
     from nanochat.training.hardware import choose_hardware, describe_machine
 
-    log_path = storage.RunFolder(config.run_dir).ray_log
     cluster = ClusterConfig(num_workers=1, cpus_per_worker=0.5)
 
     def main() -> None:
@@ -118,7 +117,7 @@ def benchmark(config: BenchmarkConfig) -> int:
         if config.json is not None:
             storage.write_json(str(config.json), {"hardware": hardware, "results": results})
 
-    return run_job(main, log_path)
+    return run_job(main, config.run_dir)
 
 
 def measure_rl(config: BenchmarkConfig) -> dict[str, Any]:

@@ -26,15 +26,13 @@ def evaluate(
     from nanochat.cluster.terminal import Terminal, run_job
     from nanochat.pages.report import write_report
 
-    log_path = storage.RunFolder(run_dir).ray_log
-
     def main() -> None:
         terminal = Terminal()
         with storage.claimed(run_dir), session(cluster, run_dir):
             evaluate_models(run_dir, config, cluster, terminal)
         terminal.line(f"report     {write_report(run_dir)}")
 
-    return run_job(main, log_path)
+    return run_job(main, run_dir)
 
 
 if __name__ == "__main__":

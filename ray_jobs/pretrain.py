@@ -25,13 +25,11 @@ def pretrain(
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
 
-    log_path = storage.RunFolder(run_dir).ray_log
-
     def main() -> None:
         with storage.claimed(run_dir), session(cluster, run_dir):
             pretrain_base(run_dir, config, cluster, Terminal())
 
-    return run_job(main, log_path)
+    return run_job(main, run_dir)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ def rl(
     from nanochat.cluster.terminal import Terminal, run_job
     from nanochat.pages.report import write_report
 
-    log_path = storage.RunFolder(run_dir).ray_log
-
     def main() -> None:
         terminal = Terminal()
         with storage.claimed(run_dir):
@@ -37,7 +35,7 @@ def rl(
                 practise(run_dir, practice, rollouts, cluster, terminal)
             terminal.line(f"report     {write_report(run_dir)}")
 
-    return run_job(main, log_path)
+    return run_job(main, run_dir)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import sys
 
 import tyro
 
-from nanochat import storage
 from nanochat.cluster.environment import set_ray_environment
 from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
@@ -23,8 +22,7 @@ def serve(
     set_ray_environment()
     from nanochat.cluster.terminal import run_job
 
-    log_path = storage.RunFolder(config.run_dir).ray_log
-    return run_job(lambda: _run(config, replicas, address), log_path)
+    return run_job(lambda: _run(config, replicas, address), config.run_dir)
 
 
 def _run(config: ServingConfig, replicas: ReplicasConfig, address: str | None) -> None:

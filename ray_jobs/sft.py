@@ -27,8 +27,6 @@ def sft(
     from nanochat.cluster.session import session
     from nanochat.cluster.terminal import Terminal, run_job
 
-    log_path = storage.RunFolder(run_dir).ray_log
-
     def main() -> None:
         if show:
             show_conversations(config, run_dir, show)
@@ -36,7 +34,7 @@ def sft(
         with storage.claimed(run_dir), session(cluster, run_dir):
             finetune_chat(run_dir, config, cluster, Terminal())
 
-    return run_job(main, log_path)
+    return run_job(main, run_dir)
 
 
 def show_conversations(config: SftConfig, run_dir: str, count: int) -> None:

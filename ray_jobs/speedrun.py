@@ -25,7 +25,7 @@ def speedrun(line: LineConfig) -> int:
                 run_line(smoke_of(line), terminal)
             run_line(line, terminal, is_check=bool(os.environ.get("CI")))
 
-    return run_job(main, storage.RunFolder(line.run_dir).ray_log)
+    return run_job(main, line.run_dir)
 
 
 if __name__ == "__main__":

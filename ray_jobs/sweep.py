@@ -28,7 +28,7 @@ def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig], pretrain: tyro.conf.Om
         with storage.claimed(config.run_dir), on_ray:
             run_sweep(config, runs, Terminal())
 
-    return run_job(main, storage.RunFolder(config.run_dir).ray_log)
+    return run_job(main, config.run_dir)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from nanochat import storage
 from nanochat.errors import NanochatError
 
 PLAIN_INTERVAL_S = 10.0
@@ -45,7 +46,7 @@ class Terminal:
         self.stream.flush()
 
 
-def run_job(main: Callable[[], None], log_path: str) -> int:
+def run_job(main: Callable[[], None], run_dir: str) -> int:
     """Run a job's main function and return its exit code; errors end in a few lines that name cause and log.
 
     0 = done, 1 = failed, 2 = the input or a flag is wrong, 130 = interrupted.
@@ -59,6 +60,7 @@ def run_job(main: Callable[[], None], log_path: str) -> int:
         sys.stderr.write("\ninterrupted\n")
         return 130
     except Exception as err:  # the process's edge: everything that nobody foresaw
+        log_path = storage.RunFolder(run_dir).ray_log
         log = f"\nRay's log: {log_path}" if os.path.exists(log_path) else ""
         sys.stderr.write("\n" + "\n".join(last_lines(err)) + f"{log}\n")
         return 1

@@ -41,7 +41,7 @@ def test_in_a_file_live_lines_come_every_ten_seconds_and_without_escapes(monkeyp
 
 
 def test_a_job_that_ends_well_says_nothing(capsys):
-    assert run_job(lambda: None, "ray.log") == 0
+    assert run_job(lambda: None, "run") == 0
     assert capsys.readouterr() == ("", "")
 
 
@@ -49,7 +49,7 @@ def test_a_users_error_is_one_line_without_a_traceback(capsys):
     def main() -> None:
         raise ConfigError("depth=0: must be at least 1. Leave it out for the default.")
 
-    assert run_job(main, "ray.log") == 2
+    assert run_job(main, "run") == 2
     assert capsys.readouterr().err == "\nConfigError: depth=0: must be at least 1. Leave it out for the default.\n"
 
 
@@ -57,7 +57,7 @@ def test_ctrl_c_ends_a_job_quietly(capsys):
     def main() -> None:
         raise KeyboardInterrupt
 
-    assert run_job(main, "ray.log") == 130
+    assert run_job(main, "run") == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
@@ -71,7 +71,7 @@ def deep(levels: int) -> None:
 def test_an_unforeseen_error_ends_in_its_own_exception_file_line_and_log(capsys, tmp_path, levels):
     log = tmp_path / "ray.log"
     log.touch()
-    assert run_job(lambda: deep(levels), str(log)) == 1
+    assert run_job(lambda: deep(levels), str(tmp_path)) == 1
     lines = capsys.readouterr().err.strip("\n").split("\n")
     assert len(lines) <= ERROR_LINES + 1
     assert lines[-1] == f"Ray's log: {log}"
@@ -89,7 +89,7 @@ def test_an_error_of_another_process_still_names_its_file_and_line(capsys):
     def main() -> None:
         raise received
 
-    assert run_job(main, "absent/ray.log") == 1
+    assert run_job(main, "absent") == 1
     lines = capsys.readouterr().err.strip("\n").split("\n")
     assert len(lines) <= ERROR_LINES + 1
     assert lines[:2] == ["RuntimeError: the cause", "in two lines"]
