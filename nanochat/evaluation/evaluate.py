@@ -183,6 +183,9 @@ def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]
     Raises: DamagedFileError, before anything is scored, if such a file is there and damaged.
     """
     kept = {name: _earlier(evaluator, name) for name in evaluator.models}
+    asked = _asked(evaluator.config)
+    for scores in kept.values():  # what is scored again in another way is complete no more
+        scores["complete"] = [one for one in scores.get("complete", []) if not _overlap(one, asked)]
     items = list(items_of(evaluator))
     if not items:
         raise ConfigError("tasks=(): there is nothing to score. Name tasks, a --core bundle, or --bits-per-byte.")
@@ -195,7 +198,7 @@ def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]
             kept[item.model] = _keep(evaluator, kept[item.model], item, found)
             found = {}
     for name, scores in kept.items():
-        scores["complete"] = [*scores.get("complete", []), _asked(evaluator.config)]
+        scores["complete"].append(asked)
         storage.write_json(scores_path(evaluator.folder, name), scores)
     return kept
 
@@ -215,6 +218,12 @@ def scored_before(evaluator: Evaluator) -> dict[str, dict[str, Any]] | None:
         if not same or _asked(evaluator.config) not in found[name].get("complete", []):
             return None
     return found
+
+
+def _overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two configs have a score in common."""
+    both = [one[name] and other[name] for name in ("core", "bits_per_byte")]
+    return any(both) or bool(set(one["tasks"]) & set(other["tasks"]))
 
 
 def _asked(config: EvaluationConfig) -> dict[str, Any]:

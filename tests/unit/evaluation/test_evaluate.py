@@ -6,7 +6,7 @@ from small_bundle import write_bundle
 from nanochat.config.evaluation import EvaluationConfig
 from nanochat.errors import ConfigError, DamagedFileError
 from nanochat.evaluation.chat import Verdict
-from nanochat.evaluation.evaluate import Evaluator, Item, Model, evaluate, items_of
+from nanochat.evaluation.evaluate import Evaluator, Item, Model, evaluate, items_of, scored_before
 from nanochat.run_context import RunContext
 from nanochat.storage import read_json, write_json
 from nanochat.training.checkpoint import FORMAT_VERSION
@@ -52,6 +52,34 @@ def test_scores_of_the_same_weights_add_up_and_of_others_replace_them(tmp_path, 
     assert read_json(f"{tmp_path}/evaluation/earlier/sft_a.json")["chat"] == again["chat"]
     assert len(said) == 1
     assert said[0].endswith(f"go to {tmp_path}/evaluation/earlier/sft_a.json")
+
+
+def test_what_was_scored_before_is_known_by_weights_and_all_that_was_asked(tmp_path, monkeypatch):
+    asked = {"tasks": ("spelling", "arithmetic"), "max_per_task": 8}
+    assert scored_before(evaluator(tmp_path, **asked)) is None
+    found = scores_of(tmp_path, monkeypatch, all_right, **asked)
+    before = scored_before(evaluator(tmp_path, **asked, actors=3, batch_tokens=7))
+    assert before["sft"]["chat"] == found["chat"]
+    for change in ({"weights": "b"}, {"max_per_task": 9}, {"tasks": ("spelling",)}, {"seed": 1}, {"samples": 2}):
+        one = asked | change | ({"temperature": 1.0} if "samples" in change else {})
+        assert scored_before(evaluator(tmp_path, **one)) is None, change
+    scores_of(tmp_path, monkeypatch, all_right, tasks=("identity",), max_per_task=8)
+    assert scored_before(evaluator(tmp_path, **asked)) is not None, "another task's score changes nothing"
+    scores_of(tmp_path, monkeypatch, all_right, tasks=("spelling",), max_per_task=4)
+    assert scored_before(evaluator(tmp_path, **asked)) is None, "one of its scores is of fewer problems now"
+
+
+def test_a_result_that_was_being_scored_again_is_not_complete(tmp_path, monkeypatch):
+    scores_of(tmp_path, monkeypatch, all_right, tasks=("spelling", "arithmetic"), max_per_task=8)
+
+    def dies(item: Item) -> list:
+        if item.task == "arithmetic":
+            raise RuntimeError("lost")
+        return all_wrong(item)
+
+    with pytest.raises(RuntimeError, match="lost"):
+        scores_of(tmp_path, monkeypatch, dies, tasks=("spelling", "arithmetic"), max_per_task=4)
+    assert scored_before(evaluator(tmp_path, tasks=("spelling", "arithmetic"), max_per_task=8)) is None
 
 
 def test_what_was_asked_for_reaches_the_judge(tmp_path, monkeypatch):
