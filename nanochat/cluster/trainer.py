@@ -36,7 +36,7 @@ from nanochat.config.sft import SftConfig
 from nanochat.config.training import LearnerConfig, TrainingConfig
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import NanochatError
+from nanochat.errors import ClusterError, NanochatError, excerpt
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.tasks.task import Task
@@ -316,7 +316,8 @@ def compile_cache() -> str:
 def fit_watched(trainer: Any, watch: Callable[[], None]) -> None:
     """Run fit() in a thread, where Ray Train and Tune leave SIGINT alone, and watch from this one.
 
-    Raises: the first cause of what it raised.
+    Raises: the first cause of what it raised; ClusterError if that is Ray's own loss, of workers too often or of what
+    leads them.
     """
     outcome: list[BaseException] = []
 
@@ -333,4 +334,9 @@ def fit_watched(trainer: Any, watch: Callable[[], None]) -> None:
         watch()
     if outcome:
         cause = first_cause(outcome[0])
+        if isinstance(cause, ray.exceptions.RayError):
+            raise ClusterError(
+                f"ray: a process of this run was lost ({excerpt(cause)}). Look into Ray's log for why; the same command "
+                "goes on from the newest checkpoint."
+            ) from outcome[0]
         raise cause from (None if isinstance(cause, NanochatError) else outcome[0])
