@@ -336,7 +336,7 @@ def fit_watched(trainer: Any, watch: Callable[[], None]) -> None:
         cause = first_cause(outcome[0])
         if isinstance(cause, ray.exceptions.RayError):
             raise ClusterError(
-                f"ray: a process of this run was lost ({excerpt(cause)}). Look into Ray's log for why; the same command "
-                "goes on from the newest checkpoint."
+                f"ray: a process of this run was lost ({excerpt(cause)}). Look into Ray's log for why; the same "
+                "command goes on from the newest checkpoint."
             ) from outcome[0]
         raise cause from (None if isinstance(cause, NanochatError) else outcome[0])
