@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_elastic import PRETRAIN, last_step, losses, notes, prepared  # noqa: F
 
 from nanochat import storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 120
@@ -79,7 +80,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=pytest.mark.slow if fault == "controller" else pytest.mark.soak) for fault in FAULTS],
+)
 def test_whatever_process_is_killed_the_same_command_ends_the_same(small, calm, tmp_path, fault):
     """The job goes on by itself, or ends within a minute with an error; the same command goes on then."""
     run = tmp_path / "run"
@@ -99,6 +103,7 @@ def test_whatever_process_is_killed_the_same_command_ends_the_same(small, calm, 
     assert any("starts at step" in note and not note.endswith("step 0") for note in notes(run / "pretrain"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_process_group(small, calm, tmp_path):
     """As `timeout` and some schedulers send it: Ray's processes end, too; the command ends soon and can be repeated."""
     run = tmp_path / "run"
@@ -114,6 +119,7 @@ def test_a_signal_to_the_whole_process_group(small, calm, tmp_path):
     assert losses(run / "pretrain") == calm
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_checkpoints_are_written(small, calm, tmp_path):
     """A clear error, the last whole checkpoint stays, and after room was made the same command ends the same."""
     mount = tmp_path / "disk"
@@ -139,6 +145,7 @@ def test_a_disk_that_fills_up_while_checkpoints_are_written(small, calm, tmp_pat
         subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@pytest.mark.soak
 def test_the_head_is_lost_and_the_job_submitted_again(text, tmp_path):
     """The cluster goes in the middle of a run, all of it; on another one the same command ends the same."""
     from simulated_cluster import simulated_cluster
@@ -146,7 +153,8 @@ def test_the_head_is_lost_and_the_job_submitted_again(text, tmp_path):
     run, quiet = tmp_path / "run", tmp_path / "quiet"
     flags = ("--corpus", text, "--vocab-size", "300", "--sequence-len", "512", "--address", "auto", "--by-label")
     train = (*PRETRAIN, "--num-workers", "1", "--checkpoint-every", "20", "--run-dir")
-    with simulated_cluster(Path(f"/tmp/sc{os.getpid()}")) as cluster:
+    folder = Path(tempfile.mkdtemp(prefix="sc", dir="/tmp"))
+    with simulated_cluster(folder / "a") as cluster:
         cluster.add("data")
         cluster.add("train")
         assert cluster.submit("ray_jobs/prepare_data.py", "--run-dir", str(run), *flags).returncode == 0
@@ -154,15 +162,17 @@ def test_the_head_is_lost_and_the_job_submitted_again(text, tmp_path):
         job = cluster.start(*train, str(run))
         job.wait_for(lambda: last_step(run / "pretrain") > 30, 240)
     job.process.kill()
-    with simulated_cluster(Path(f"/tmp/sc{os.getpid()}")) as cluster:
+    with simulated_cluster(folder / "b") as cluster:
         cluster.add("data")
         cluster.add("train")
         assert cluster.submit(*train, str(run), timeout_s=400).returncode == 0
         assert cluster.submit(*train, str(quiet), timeout_s=400).returncode == 0
+    shutil.rmtree(folder, ignore_errors=True)
     assert losses(run / "pretrain") == losses(quiet / "pretrain")
     assert sum("starts at step" in note for note in notes(run / "pretrain")) == 2
 
 
+@pytest.mark.slow
 def test_two_jobs_in_one_run_directory(cluster, prepared, tmp_path):  # noqa: F811
     """The second one is refused by name, in a folder and in a bucket; the first one goes on."""
     run = tmp_path / "run"

@@ -15,7 +15,7 @@ from simulated_slurm import OWN, simulated_slurm
 
 from nanochat import storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 PROJECT = Path(__file__).parents[2]
 SBATCH = str(PROJECT / "deploy" / "slurm.sbatch")
@@ -54,6 +54,7 @@ def steps(folder: Path) -> list[int]:
     return sorted({record["step"] for record in storage.read_jsonl(str(folder / "metrics.jsonl")) if "loss" in record})
 
 
+@pytest.mark.soak
 def test_a_run_is_queued_again_and_goes_on(slurm, tmp_path):
     draw = random.Random(0)
     lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randint(20, 200)))}) for _ in range(400)]
@@ -84,6 +85,7 @@ def test_a_run_is_queued_again_and_goes_on(slurm, tmp_path):
     assert token.read_text() not in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_failed_start_is_no_success(slurm, tmp_path):
     log = tmp_path / "log"
     broken = slurm.folder / "bin" / "ray"  # `ray start` fails, as on a port that is taken
