@@ -3,6 +3,7 @@
 import asyncio
 import json
 import subprocess
+import threading
 import time
 import urllib.request
 
@@ -36,14 +37,10 @@ class Clients:
         self.answers: list[list[Timing]] = []
         self.is_over = False
 
-    async def run(self, count: int, seconds: float) -> None:
-        """Ask from so many clients for so long."""
-        self.is_over = False
+    async def run(self, count: int) -> None:
+        """Ask from so many clients until it is over."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
-            clients = [asyncio.create_task(self._client(session)) for _ in range(count)]
-            await asyncio.sleep(seconds)
-            self.is_over = True
-            await asyncio.gather(*clients)
+            await asyncio.gather(*[self._client(session) for _ in range(count)])
 
     async def _client(self, session: aiohttp.ClientSession) -> None:
         while not self.is_over:
@@ -89,19 +86,20 @@ def test_replicas_spread_over_nodes_and_a_dead_node_fails_no_request(cluster: Si
     job.wait_for(lambda: is_ready(address), 180)
     assert len(replica_nodes(cluster)) == 1
 
-    async def under_load() -> tuple[Clients, float, float]:
-        clients = Clients(address)
-        load = asyncio.create_task(clients.run(12, 90))
-        up_s = await asyncio.to_thread(until, lambda: len(set(replica_nodes(cluster))) == 3, 60)
-        await asyncio.to_thread(cluster.kill, "serve")
+    clients = Clients(address)
+    load = threading.Thread(target=lambda: asyncio.run(clients.run(12)))
+    load.start()
+    try:
+        up_s = until(lambda: len(set(replica_nodes(cluster))) == 3, 60)
+        cluster.kill("serve")
         killed_s = time.monotonic()
-        await asyncio.to_thread(cluster.add, "serve")
-        await asyncio.to_thread(until, lambda: len(set(replica_nodes(cluster))) == 3, 60)
+        cluster.add("serve")
+        until(lambda: len(set(replica_nodes(cluster))) == 3, 60)
         back_s = time.monotonic() - killed_s
-        await load
-        return clients, up_s, back_s
-
-    clients, up_s, back_s = asyncio.run(under_load())
+        time.sleep(5)
+    finally:
+        clients.is_over = True
+        load.join()
     down_s = until(lambda: len(replica_nodes(cluster)) == 1, 90)
     again = sum(len(tries) == 2 for tries in clients.answers)
     print(
