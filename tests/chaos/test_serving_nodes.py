@@ -91,10 +91,12 @@ def test_replicas_spread_over_nodes_and_a_dead_node_fails_no_request(cluster: Si
     load.start()
     try:
         up_s = until(lambda: len(set(replica_nodes(cluster))) == 3, 60)
+        gone = cluster.nodes["serve"][-1].node_id
+        assert gone in replica_nodes(cluster)
         cluster.kill("serve")
         killed_s = time.monotonic()
         cluster.add("serve")
-        until(lambda: len(set(replica_nodes(cluster))) == 3, 60)
+        until(lambda: len(set(replica_nodes(cluster)) - {gone}) == 3, 60)
         back_s = time.monotonic() - killed_s
         time.sleep(5)
     finally:
