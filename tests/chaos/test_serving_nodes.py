@@ -17,7 +17,7 @@ from nanochat.cluster.load_generator import Timing, ask
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-BODY = {"model": "sft", "messages": [{"role": "user", "content": "Once"}], "max_tokens": 100, "min_tokens": 100}
+BODY = {"model": "sft", "prompt": "Once", "max_tokens": 100, "min_tokens": 100}
 
 
 def replica_nodes(cluster: SimulatedCluster) -> list[str]:
@@ -33,7 +33,7 @@ class Clients:
     """Ask again and again; an answer that breaks off or fails is asked for once more."""
 
     def __init__(self, address: str) -> None:
-        self.url = f"{address}/v1/chat/completions"
+        self.url = f"{address}/v1/completions"
         self.answers: list[list[Timing]] = []
         self.is_over = False
 
