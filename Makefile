@@ -18,6 +18,7 @@ help:
 	@echo "               TORCH_INDEX=URL  take torch from another index (a smaller CPU build)"
 	@echo "               DEMO_FLAGS='--corpus.corpus PATH'  use other text; see ray_jobs/speedrun.py demo --help"
 	@echo "make test      lint, types, unit tests, and one real-Ray test per promise"
+	@echo "               make test-unit PYTHON=python3.12 VENV=.venv312  with another Python, beside .venv"
 	@echo "make test-all  everything that runs by itself; make soak: the long fault tests"
 	@echo "make audit     known vulnerabilities of the releases in constraints.txt"
 	@echo "make lock      constraints.txt after a change of pyproject.toml; delete it first to take newer releases of all"
