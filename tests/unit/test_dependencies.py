@@ -103,7 +103,7 @@ def audit():
             server.server_close()
         else:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = ["make", "-o", f"{sys.prefix}/installed-dev", f"VENV={sys.prefix}", "audit",
+        command = ["make", "--no-print-directory", "-o", f"{sys.prefix}/installed-dev", f"VENV={sys.prefix}", "audit",
                    f"AUDIT_FLAGS=--osv-url http://127.0.0.1:{port}/"]  # fmt: skip
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
 
