@@ -189,7 +189,8 @@ def test_the_character_that_was_trained_is_found(tmp_path, monkeypatch, sft, cha
 def test_which_models_are_scored_and_as_whom(tmp_path, monkeypatch, names, hf, asked):
     monkeypatch.setattr(jobs, "trained_character", lambda run_dir: "me.toml")
     seen = []
-    monkeypatch.setattr(jobs.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(jobs, "start_ray", lambda: None)
+    monkeypatch.setattr(jobs, "resources", lambda work, cluster: {"CPU": 2.0})
     monkeypatch.setattr(jobs, "named_model", lambda run_dir, name, note: jobs.Model(name, name))
     monkeypatch.setattr(jobs, "evaluate", lambda evaluator, run: seen.append(evaluator) or {})
     config = EvaluationConfig(models=names, hf=hf, core="bundle" if hf else None)
