@@ -146,9 +146,9 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
     source = MixtureSource(config, folder.tasks)
     check_stage(folder.sft.root, {"sft": config}, source.files())
     mixture = load_mixture(source)
-    shards = write_mixture_shards(
-        source, ray_context(terminal.live, cluster), tokenizer, base.state["model"]["sequence_len"], folder.sft_shards
-    )
+    is_packed = storage.exists(storage.join(folder.sft_shards, MANIFEST))  # then to look it over takes no Ray
+    run = RunContext(progress=terminal.live) if is_packed else ray_context(terminal.live, cluster)
+    shards = write_mixture_shards(source, run, tokenizer, base.state["model"]["sequence_len"], folder.sft_shards)
     sft = resolve_sft(config, base, shards.rows("train"))
     left_out = {
         "longer than a row": sum(shard.skipped["longer_than_a_row"] for shard in shards.shards),

@@ -146,7 +146,7 @@ def test_twenty_kills_change_nothing(tiny, tmp_path, title):
         (
             "broken",
             ConfigError,
-            r"reward=tiny_rewards:broken: raised KeyError: .* \(.*tiny_rewards.py:15\)",
+            r"reward=tiny_rewards:broken: raised KeyError: .* \(.*tiny_rewards.py:18\)",
         ),
         pytest.param("not_a_number", ConfigError, "rewards:not_a_number: returned nan", marks=pytest.mark.slow),
         pytest.param("deadly", ClusterError, "actors=2: 7 died one after the other", marks=pytest.mark.slow),
