@@ -85,7 +85,7 @@ def test_a_run_is_queued_again_and_goes_on(slurm, tmp_path):
     assert token.read_text() not in log.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_failed_start_is_no_success(slurm, tmp_path):
     log = tmp_path / "log"
     broken = slurm.folder / "bin" / "ray"  # `ray start` fails, as on a port that is taken
