@@ -172,7 +172,7 @@ def test_the_head_is_lost_and_the_job_submitted_again(text, tmp_path):
     assert sum("starts at step" in note for note in notes(run / "pretrain")) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_jobs_in_one_run_directory(cluster, prepared, tmp_path):  # noqa: F811
     """The second one is refused by name, in a folder and in a bucket; the first one goes on."""
     run = tmp_path / "run"
