@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from nanochat.errors import ConfigError, DamagedFileError, excerpt, refuse_credentials
 
 READ_BLOCK_BYTES = 1 << 20
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 
 
 def join(root: str, *parts: str) -> str:
@@ -90,9 +91,10 @@ def list_files(path: str) -> list[str]:
 
 
 def make_folder(folder: str) -> None:
-    """Create a folder and its parents."""
+    """Create a folder and its parents; an object store has none, and would create a bucket whose name is mistyped."""
     fs, inner = filesystem(folder)
-    fs.makedirs(inner, exist_ok=True)
+    if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        fs.makedirs(inner, exist_ok=True)
 
 
 def remove(path: str) -> None:
@@ -117,7 +119,7 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
     On an exception nothing appears and what was there before stays.
     """
     fs, inner = filesystem(path)
-    fs.makedirs(os.path.dirname(inner), exist_ok=True)
+    make_folder(os.path.dirname(path))
     if not isinstance(fs, LocalFileSystem):
         with tempfile.NamedTemporaryFile() as whole:
             yield cast(IO[bytes], whole)
@@ -156,7 +158,7 @@ def read_json(path: str) -> Any:
 def append_jsonl(path: str, record: dict[str, Any]) -> None:
     """Append one line to a JSONL file (object stores: rewritten whole, so keep such files small)."""
     fs, inner = filesystem(path)
-    fs.makedirs(os.path.dirname(inner), exist_ok=True)
+    make_folder(os.path.dirname(path))
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
     if isinstance(fs, LocalFileSystem):
         with open(inner, "a+b") as file:
@@ -185,9 +187,7 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
                 records.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines) - 2:
-                raise DamagedFileError(
-                    f"file={path}: line {number + 1} is no JSON. Delete the line, or the file."
-                ) from None
+                raise DamagedFileError(f"file={path}: line {number + 1} is no JSON. Delete the line.") from None
     return records
 
 

@@ -1,6 +1,5 @@
 """Many pretraining runs side by side: a grid or list of flags to a table and the iso-FLOP picture. It resumes."""
 
-import contextlib
 import sys
 
 import tyro
@@ -23,9 +22,7 @@ def sweep(config: tyro.conf.OmitArgPrefixes[SweepConfig], pretrain: tyro.conf.Om
 
     def main() -> None:
         runs = plan_sweep(config, pretrain)
-        has_ended = all(run.has_ended for run in runs)
-        on_ray = contextlib.nullcontext() if has_ended else session(config.cluster, config.run_dir)
-        with storage.claimed(config.run_dir), on_ray:
+        with storage.claimed(config.run_dir), session(config.cluster, config.run_dir):
             run_sweep(config, runs, Terminal())
 
     return run_job(main, config.run_dir)

@@ -18,6 +18,7 @@ from ray import tune
 
 from nanochat import storage
 from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
+from nanochat.cluster.session import start_ray
 from nanochat.cluster.terminal import Terminal, on_interrupt
 from nanochat.cluster.trainer import compile_cache, fit_watched, is_retried
 from nanochat.config.pretrain import PretrainConfig
@@ -110,6 +111,7 @@ def run_sweep(config: SweepConfig, runs: list[SweepRun], terminal: Terminal) -> 
                 file.write(b"stop\n")
 
     if due:
+        start_ray()
         try:
             tuner = _tuner(config, due, len(runs), story)
             for run in due:

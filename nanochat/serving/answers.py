@@ -33,8 +33,10 @@ class Admission:
     def enter(self, model: str, answers: int, tokens: int) -> None:
         """Count a request's answers and prompt tokens as open. Raises: ApiError if that is too much, or none works."""
         config, load = self.config, self.backend.load()
-        if load.waiting and load.waiting + answers > config.max_waiting:
-            raise overloaded(f"{load.waiting} requests are waiting already, at most {config.max_waiting} may.")
+        # who came since the engine's last step waits for nothing but its next one, as long as there are places
+        behind = load.waiting - max(0, config.max_running * len(self.backend.models) - load.running)
+        if load.waiting and behind + answers > config.max_waiting:
+            raise overloaded(f"{max(0, behind)} requests are waiting already, at most {config.max_waiting} may.")
         limit = config.max_running + config.max_waiting
         if self._answers[model] + answers > limit:
             raise overloaded(f"{self._answers[model]} answers of {model} are open, at most {limit} may be.")

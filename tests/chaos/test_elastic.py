@@ -92,9 +92,9 @@ def test_two_workers_one_two_again(cluster: SimulatedCluster, prepared: Path, ca
     )  # fmt: skip
     job.wait_for(lambda: last_step(folder) > 15, 240)
     cluster.kill("train")
-    job.wait_for(lambda: workers_of_steps(folder)[last_step(folder)] == 1, 240)
+    job.wait_for(lambda: workers_of_steps(folder).get(last_step(folder)) == 1, 240)
     cluster.add("train")
-    job.wait_for(lambda: workers_of_steps(folder)[last_step(folder)] == 2 and last_step(folder) > 30, 240)
+    job.wait_for(lambda: workers_of_steps(folder).get(last_step(folder)) == 2 and last_step(folder) > 30, 240)
     done = job.result(400)
     assert done.returncode == 0, done.stdout[-6000:]
     workers = list(workers_of_steps(folder).values())

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
 from nanochat.config.model import ModelConfig
+from nanochat.config.serving import ServingConfig
 from nanochat.data.conversations import Part, render_parts
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.inference.engine import Engine, Event, PromptReport, Request
@@ -132,6 +133,7 @@ class ScriptedBackend:
         self.script = Script()
         self.is_healthy = True
         self.waiting = 0
+        """Requests of others that wait, because every place is taken."""
         self.running = 0
         self.asked: list[tuple[str, Request]] = []
         self.aborted = 0
@@ -179,4 +181,5 @@ class ScriptedBackend:
         return event
 
     def load(self) -> Load:
-        return Load(running=self.running, waiting=self.waiting, kv_tokens=1024, kv_tokens_free=1024)
+        running = len(self.models) * ServingConfig.max_running if self.waiting else self.running
+        return Load(running=running, waiting=self.waiting, kv_tokens=1024, kv_tokens_free=1024)

@@ -80,6 +80,14 @@ def test_the_whole_line_lives_in_a_bucket(store, tiny_run):
     assert storage.read_jsonl(folder.usage) == account, "no stage started a Ray"
 
 
+def test_a_bucket_that_is_not_there_is_refused_not_created(store):
+    arguments = [sys.executable, "ray_jobs/speedrun.py", "demo", "--run-dir", "s3://nowhere/run"]
+    done = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, timeout=120, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert "run_dir=s3://nowhere/run: cannot be written" in done.stderr
+    assert not fsspec.filesystem("s3").exists("nowhere")
+
+
 def test_a_slow_and_failing_store_and_kills_change_nothing(store, ray_session, tiny_run, tmp_path):
     """One request in twenty is refused, each waits 20 ms, a worker dies in a step and one during a checkpoint."""
     from dataclasses import replace
@@ -108,7 +116,8 @@ def test_a_slow_and_failing_store_and_kills_change_nothing(store, ray_session, t
     folder = f"s3://{BUCKET}/flaky"
     marks = tmp_path / "marks"
     marks.mkdir()
-    kills = [Kill("step", rank=1, count=9), Kill("write", rank=0, count=1)]
+    # in the 14th step: the save at step 12 has waited until the one at step 6 was written, however slow the store
+    kills = [Kill("step", rank=1, count=14), Kill("write", rank=0, count=1)]
     flaky = train(folder, worker_with(kills, marks))
     store.failing = store.wait_s = 0.0
     assert len(list(marks.iterdir())) == 2, "every kill happened"

@@ -226,11 +226,6 @@ def test_others_reach_it_with_a_key_where_it_is_told_to_listen(tmp_path, is_name
         key = {"Authorization": "Bearer sesame"}
         outcome = run(lambda session: stream(session, url, HELLO | {"max_tokens": 4}, path=CHAT, headers=key))
         assert outcome.is_complete, outcome
-        dashboard = re.search(r"dashboard at \S*?(http://[\d.:]+)", (tmp_path / "log").read_text())
-        with pytest.raises(
-            urllib.error.HTTPError, match="401"
-        ):  # a Ray of its own: nobody submits jobs without a token
-            urllib.request.urlopen(f"{dashboard[1]}/api/jobs/", timeout=10)
         os.kill(job.pid, signal.SIGINT)
         assert job.wait(60) == 0
     finally:
