@@ -41,7 +41,7 @@ from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.tasks.task import Task
 from nanochat.training.checkpoint import Checkpoint, problem_with, step_folder
-from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT, physical_cores
+from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT, GPU_ENVIRONMENT, physical_cores
 from nanochat.training.loop import TrainingInputs
 from nanochat.training.plan import Plan
 from nanochat.training.pretrain import pretrain
@@ -275,8 +275,10 @@ def check_workers(workers: int, cluster: ClusterConfig, gpus_each: float, note: 
 def _trainer(job: TrainJob, cluster: ClusterConfig) -> TorchTrainer:
     use_gpu, workers = job.use_gpu, job.workers[-1]
     resources_each = {"CPU": cluster.cpus_per_worker} | ({"GPU": job.gpus_per_worker} if use_gpu else {})
-    environment = {} if use_gpu else dict(CPU_ALLOCATOR_ENVIRONMENT)
-    environment["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", compile_cache())
+    environment = (GPU_ENVIRONMENT if use_gpu else CPU_ALLOCATOR_ENVIRONMENT) | {
+        "TORCHINDUCTOR_CACHE_DIR": compile_cache()
+    }
+    environment = {name: os.environ.get(name, value) for name, value in environment.items()}
     options = ray.data.ExecutionOptions(preserve_order=True, **on_nodes_for("data", cluster))
     return (ElasticTorchTrainer if cluster.min_workers else TorchTrainer)(
         _work,

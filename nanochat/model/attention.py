@@ -6,7 +6,7 @@ the upper triangle and everything left of the window are never computed: in bf16
 backward 56 ms against 115 ms with `scaled_dot_product_attention` (2 cores, AMD EPYC AVX512-BF16, 2026-11-22).
 
 Shapes: B rows, T queries of this call, S keys, H query heads, G KV heads (H divides by G), D head size.
-Sources: GQA arXiv:2305.13245; sliding windows arXiv:2004.05150; FlashAttention-2 arXiv:2307.08691.
+Sources: GQA arXiv:2305.13245; sliding windows arXiv:2004.05150; FlashAttention-2 arXiv:2307.08691, 3 arXiv:2407.08608.
 Not covered: dropout, non-causal attention.
 """
 
@@ -14,8 +14,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
+
+from nanochat.errors import excerpt
 
 QUERY_BLOCK = 128
+HOPPER = 9
+FLASH_TOLERANCE = 0.02
+"""As far as two kernels in bfloat16 may be apart."""
 
 
 class Documents(NamedTuple):
@@ -61,6 +71,42 @@ def uses_flash(q_BTHD: Tensor) -> bool:
         and head_dim <= 256
         and torch.cuda.get_device_capability(q_BTHD.device) >= (8, 0)
     )
+
+
+def choose_flash(device: torch.device, dtype: torch.dtype) -> str:
+    """Let `varlen_attn` run FlashAttention 3 in this process, on Hopper where package flash_attn_interface is.
+
+    It stays only if it agrees with the blocked products on a small input. Returns what runs, and why not the faster.
+    """
+    if not uses_flash(torch.empty(1, 1, 1, 64, dtype=dtype, device=device)):
+        return "blocked products"
+    if torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return "FlashAttention 2"
+    try:
+        activate_flash_attention_impl("FA3")
+        error = _flash_error(device)
+    except (ImportError, RuntimeError) as err:
+        reason = excerpt(err)
+    else:
+        if error < FLASH_TOLERANCE:
+            return "FlashAttention 3"
+        reason = f"it is off by {error:.1%} here"
+    if current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
+    return f"FlashAttention 2; not 3: {reason}"
+
+
+def _flash_error(device: torch.device) -> float:
+    """Return how far flash and blocked attention are apart, output and gradients, relative to the latter's norm."""
+    draw = torch.Generator(device).manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 192, 2, 64, generator=draw, device=device).to(torch.bfloat16)
+    documents = find_documents((torch.arange(192, device=device) // 80).expand(2, 192))
+    results = []
+    for kernel in (_flash, _blocked):
+        one, two, three = (x.detach().requires_grad_() for x in (q, k, v))
+        y = kernel(one, two, three, 70, documents)
+        results.append([y.detach(), *torch.autograd.grad(y, [one, two, three], weight)])
+    return max(float((one - other).float().norm() / other.float().norm()) for one, other in zip(*results))
 
 
 def _flash(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int, documents: Documents | None) -> Tensor:

@@ -31,6 +31,12 @@ CPU_ALLOCATOR_ENVIRONMENT = {
 """glibc settings for a training process on CPU: keep freed activations instead of giving pages back and faulting them
 in again at every step. A step of the depth-4 model takes 1.1 instead of 1.5 s (2 cores, AMD EPYC, 2026-11-22)."""
 
+GPU_ENVIRONMENT = {
+    "NCCL_DEBUG": "WARN",  # what is wrong between GPUs stands in the logs of Ray's workers
+    "TORCH_FR_BUFFER_SIZE": "2000",  # a collective that times out leaves in /tmp which workers had come to it
+}
+"""Settings for a training process on a GPU, where the user has none; the rest NCCL and torch choose by themselves."""
+
 
 @dataclass(frozen=True)
 class Hardware:

@@ -20,6 +20,7 @@ from nanochat.config.training import LearnerConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import CheckpointError, TokenizerMismatchError, TrainingDivergedError
 from nanochat.model import scaling
+from nanochat.model.attention import choose_flash
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import MuonAdamW, StepSchedule
 from nanochat.run_context import RunContext
@@ -59,6 +60,7 @@ class Learner(Generic[Config]):
         self.config, self.context, self.tokenizer, self.folder = config, run, tokenizer, folder
         self.plan, self.rates = plan, rates
         self.hardware: Hardware = choose_hardware(config, run)
+        attention = choose_flash(self.hardware.device, self.hardware.dtype)
         share = run.gpu_share if self.hardware.device.type == "cuda" else 1 / run.local_world_size
         self.free_bytes = int(share * self.hardware.free_bytes())  # before anything of the plan is allocated
         self.memory = self._planned_memory()
@@ -79,7 +81,7 @@ class Learner(Generic[Config]):
         self.saved_step = -1
         self._saves_with_s_left = [LAST_SAVE_S, math.inf]
         if run.rank == 0:
-            workers = {"workers": run.world_size, "dtype_reason": self.hardware.reason}
+            workers = {"workers": run.world_size, "dtype_reason": self.hardware.reason, "attention": attention}
             storage.write_json(folder.machine, describe_machine(self.hardware) | workers)
 
     @property

@@ -33,7 +33,7 @@ from nanochat.training import plan as planning
 from nanochat.training.checkpoint import Checkpoint, step_folder
 from nanochat.training.learner import Command, Learner
 from nanochat.training.metrics import StepClock
-from nanochat.training.step import Supervised, TrainingStep, split_rows
+from nanochat.training.step import RunningStep, StepResult, Supervised, TrainingStep, split_rows
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,19 @@ class TrainingLoop(Learner[Config]):
                 self._evaluate(step)
             if step > 0 and self._due(self.config.sample_every, step):
                 self._sample(step)
-            result = self.step.run(batch.rows_BT1, self.schedule(step), self._command())
+            running = self.step.run(batch.rows_BT1, self.schedule(step), self._command())
+            coming = self._next_rows(running) if step + 1 < self.plan.num_steps else None
+            result = running.result()
             if not math.isfinite(result.loss):
                 raise self.diverged("loss", result.loss, step)
-            self._log(step, batch, result.loss)
+            self._log(step, batch, result)
             stopped = result.command == Command.LEAVE
             step += 1
             is_due = step < self.plan.num_steps and self.cadence.due(step)
             if is_due or (result.command == Command.SAVE and step < self.plan.num_steps):
                 self._save(step)
-            if step < self.plan.num_steps:
-                batch = self._next_rows()
+            if coming is not None:
+                batch = coming
                 assert batch.step == step, f"the stream is at step {batch.step}, the loop at {step}"
             self._tame_garbage_collector(step)
         return step
@@ -208,24 +210,27 @@ class TrainingLoop(Learner[Config]):
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _next_rows(self) -> StepRows:
-        """Take the next step's rows and count how long the loop was blocked."""
+    def _next_rows(self, running: RunningStep) -> StepRows:
+        """Take the next step's rows while a GPU is at this one, and count how long only they were waited for."""
         self.clock.count()
         batch = next(self.stream)
-        self.clock.rows_arrived()
+        if running.has_ended():
+            self.clock.rows_arrived()
         return batch
 
     def _command(self) -> Command:
         return self.command(look_for_stop=self.clock.every(self.folder.stop_check_s))
 
-    def _log(self, step: int, batch: StepRows, loss: float) -> None:
+    def _log(self, step: int, batch: StepRows, result: StepResult) -> None:
         """Write what a step says: every `log_every` steps, and the first and last."""
-        self.clock.step_done()
+        self.clock.step_done(result.device_s)
         if self.config.log_row_ids:
             path = storage.join(self.folder.root, f"rows_{self.context.rank:02d}.jsonl")
             storage.append_jsonl(path, {"step": step, "row_ids": batch.row_ids.tolist()})
         if step % self.config.log_every == 0 or step == self.plan.num_steps - 1:
-            record = {"step": step, "loss": loss, "lr_factor": self.schedule(step).lr_factor} | self.clock.lap(step)
+            record = {"step": step, "loss": result.loss, "lr_factor": self.schedule(step).lr_factor} | self.clock.lap(
+                step
+            )
             self.metrics.write(record)
 
     def _evaluate(self, step: int) -> None:

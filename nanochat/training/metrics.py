@@ -22,6 +22,7 @@ class StepClock:
         self.waited_s = 0.0
         """Seconds blocked on the next rows since the last lap."""
         self._lap_s, self._lap_steps = 0.0, 0
+        self._device_s: float | None = None
         self._mark_s = self._checked_s = time.perf_counter()
 
     def skip(self) -> None:
@@ -40,10 +41,12 @@ class StepClock:
         """Count the time since the last mark as a wait for rows."""
         self.waited_s += self.count()
 
-    def step_done(self) -> None:
-        """Count the time since the last mark as the end of a step."""
+    def step_done(self, device_s: float | None) -> None:
+        """Count the time since the last mark as the end of a step, of which a GPU computed `device_s`."""
         self.count()
         self._lap_steps += 1
+        if device_s is not None:
+            self._device_s = (self._device_s or 0.0) + device_s
 
     def every(self, seconds: float) -> bool:
         """Tell whether this many seconds have passed since this last said so."""
@@ -66,11 +69,12 @@ class StepClock:
             "mfu": flops_per_s / peak if peak else None,
             "data_wait_s": self.waited_s,
             "data_wait_share": self.waited_s / self._lap_s,
+            "device_share": None if self._device_s is None else self._device_s / self._lap_s,
             "training_s": self.training_s,
             "eta_s": (self.plan.num_steps - step - 1) * self._lap_s / self._lap_steps,
             "peak_memory_bytes": self.hardware.peak_memory_bytes(),
         }
-        self._lap_s, self._lap_steps, self.waited_s = 0.0, 0, 0.0
+        self._lap_s, self._lap_steps, self.waited_s, self._device_s = 0.0, 0, 0.0, None
         return record
 
 

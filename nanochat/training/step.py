@@ -26,6 +26,25 @@ class StepResult:
     """Mean nats per token over the global batch, before the update."""
     command: int
     """What the workers passed, summed up: only the first one has a command."""
+    device_s: float | None
+    """Seconds between the step's first and last kernel, by CUDA's events; None elsewhere."""
+
+
+class RunningStep:
+    """A step that a GPU may still be computing, while this process does something else."""
+
+    def __init__(self, shared: Tensor, events: tuple[torch.cuda.Event, torch.cuda.Event] | None) -> None:
+        self._shared, self._events = shared, events
+
+    def has_ended(self) -> bool:
+        """Tell whether nothing of it is left to compute."""
+        return self._events is None or self._events[1].query()
+
+    def result(self) -> StepResult:
+        """Wait for its end and return what it says."""
+        loss, command = self._shared.tolist()
+        device_s = self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else None
+        return StepResult(loss, int(command), device_s)
 
 
 def split_rows(rows_BT1: np.ndarray, micro_batch_rows: int) -> list[np.ndarray]:
@@ -65,19 +84,29 @@ class TrainingStep:
 
     def backward(self, rows_BT1: np.ndarray, global_tokens: int) -> Tensor:
         """Run forward and backward on one micro-batch; returns its share of the mean loss, a float32 scalar."""
-        tokens_BT1 = torch.from_numpy(rows_BT1.astype(np.int64)).to(self.device, non_blocking=True)
+        tokens_BT1 = self._to_device(rows_BT1).long()
         inputs_BT, targets_BT = tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous()
         if self.supervised is not None:
-            says_BT = torch.from_numpy(self.supervised(rows_BT1)[:, 1:]).to(self.device, non_blocking=True)
-            targets_BT = targets_BT.masked_fill(~says_BT, -1)
+            says_BT1 = self._to_device(self.supervised(rows_BT1))
+            targets_BT = targets_BT.masked_fill(~says_BT1[:, 1:], -1)
         document_BT = document_numbers(inputs_BT, self.bos) if self.document_masking else None
         loss = self.model.loss(inputs_BT, targets_BT, document_BT) / global_tokens
         loss.backward()
         return loss.detach()
 
-    def run(self, rows_BT1: np.ndarray, schedule: StepSchedule, command: int = 0) -> StepResult:
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        """Copy as stored; to a GPU from pinned memory, so that nothing waits for the copy."""
+        if self.device.type == "cuda":
+            return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
+        return torch.from_numpy(values).to(self.device)
+
+    def run(self, rows_BT1: np.ndarray, schedule: StepSchedule, command: int = 0) -> RunningStep:
         """Train on this worker's rows of one step; every worker calls it with equally many rows."""
         world_size = self.optimizer.world_size
+        events = None
+        if self.device.type == "cuda":
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
         global_tokens = self._count_targets(rows_BT1)
         micro_batches = split_rows(rows_BT1, self.micro_batch_rows)
         total = torch.zeros((), device=self.device)
@@ -89,8 +118,9 @@ class TrainingStep:
         shared = torch.stack([total, torch.tensor(float(command), device=self.device)])
         if world_size > 1:
             dist.all_reduce(shared)
-        loss, command = shared.tolist()
-        return StepResult(loss, int(command))
+        if events is not None:
+            events[1].record()
+        return RunningStep(shared, events)
 
     def _count_targets(self, rows_BT1: np.ndarray) -> int:
         """Return how many tokens of the global batch are trained on, at least 1."""

@@ -165,6 +165,51 @@ def test_cpu_does_not_use_flash():
     assert find_documents(torch.zeros(1, 4, dtype=torch.int64)).starts_N is None
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """A device that says that it is a Hopper, and what activates and restores the kernels of FlashAttention."""
+    active = []
+    monkeypatch.setattr(module, "uses_flash", lambda q: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(module, "current_flash_attention_impl", lambda: active[-1] if active else None)
+    monkeypatch.setattr(module, "restore_flash_attention_impl", active.clear)
+    return active
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 1.1, float("nan")])
+def test_flash_attention_3_stays_if_its_numbers_are_right(hopper, monkeypatch, factor):
+    monkeypatch.setattr(module, "_flash", lambda q, *rest: module._blocked(q, *rest) * factor)
+    said = module.choose_flash(torch.device("cpu"), torch.bfloat16)
+    if factor < 1.01:
+        assert (said, hopper) == ("FlashAttention 3", ["FA3"])
+    else:
+        assert said.startswith("FlashAttention 2; not 3: it is off by ")
+        assert hopper == []
+
+
+def test_without_flash_attention_3_the_reason_is_said(hopper, monkeypatch):
+    monkeypatch.setattr(module, "activate_flash_attention_impl", torch.nn.attention.activate_flash_attention_impl)
+    said = module.choose_flash(torch.device("cpu"), torch.bfloat16)
+    assert said == "FlashAttention 2; not 3: No module named 'flash_attn_interface'"
+
+
+def test_other_devices_do_not_try_it(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert module.choose_flash(torch.device("cpu"), torch.bfloat16) == "FlashAttention 2"
+    monkeypatch.setattr(module, "uses_flash", uses_flash)
+    assert module.choose_flash(torch.device("cpu"), torch.bfloat16) == "blocked products"
+    assert hopper == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_a_gpu_chooses_agrees_with_the_blocked_products():
+    said = module.choose_flash(torch.device("cuda"), torch.bfloat16)
+    assert said.startswith("FlashAttention ")
+    assert module._flash_error(torch.device("cuda")) < module.FLASH_TOLERANCE
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [0, 1, 64, 200, 299, 1000])

@@ -33,7 +33,7 @@ def test_rates_are_of_the_steps_alone(clock):
     """Two steps of 2 s and 4 s, of which 0.6 s waiting for rows; 50 s of evaluation between them do not count."""
     clock.skip()
     clock.now_s += 2
-    clock.step_done()
+    clock.step_done(None)
     clock.now_s += 0.4
     clock.count()
     clock.now_s += 0.6
@@ -41,7 +41,7 @@ def test_rates_are_of_the_steps_alone(clock):
     clock.now_s += 50
     clock.skip()
     clock.now_s += 3
-    clock.step_done()
+    clock.step_done(None)
     record = clock.lap(4)
     assert record["step_s"] == pytest.approx(3)
     assert record["tokens"] == 5 * 1024
@@ -53,11 +53,22 @@ def test_rates_are_of_the_steps_alone(clock):
     assert record["training_s"] == pytest.approx(6)
     assert record["eta_s"] == pytest.approx(5 * 3)
     clock.now_s += 1
-    clock.step_done()
+    clock.step_done(None)
     record = clock.lap(5)
     assert record["step_s"] == pytest.approx(1)
     assert record["data_wait_share"] == 0
     assert record["training_s"] == pytest.approx(7)
+
+
+def test_the_share_of_the_time_that_a_gpu_computed(clock):
+    """Two steps of 2 s, of which the GPU was at work for 1.5 and 2 s; the next lap begins from nothing."""
+    for device_s in (1.5, 2.0):
+        clock.now_s += 2
+        clock.step_done(device_s)
+    assert clock.lap(1)["device_share"] == pytest.approx(3.5 / 4)
+    clock.now_s += 1
+    clock.step_done(None)
+    assert clock.lap(2)["device_share"] is None
 
 
 def test_a_look_is_due_after_its_seconds(clock):

@@ -16,7 +16,7 @@ from nanochat.model.scaling import scaled_weight_decay
 from nanochat.training import learner, loop
 from nanochat.training.checkpoint import Checkpoint, step_folder
 from nanochat.training.plan import resolve
-from nanochat.training.step import TrainingStep
+from nanochat.training.step import RunningStep, TrainingStep
 
 ONE_STEP = {"num_steps": 1, "evaluate_every": 0, "sample_every": 0, "checkpoint_every": 0}
 MATRICES = ("transformer.h.",)
@@ -117,15 +117,21 @@ def test_the_model_that_trains_is_compiled_where_it_can_be(new_run, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("log_every", "evaluate_every"),
+    ("log_every", "evaluate_every", "waits_s", "training_s"),
     [
-        (1, 0),
-        (3, 0),
-        (1, 2),
+        (1, 0, [0.25] * 6 + [0], [1] * 6 + [0.75]),
+        (3, 0, [0.25, 0.75, 0.5], [1, 3, 2.75]),
+        (1, 2, [0.25] * 6 + [0], [1] * 6 + [0.75]),
     ],
 )
-def test_waits_for_rows_are_counted_as_their_share_of_the_time(new_run, monkeypatch, log_every, evaluate_every):
-    """On a clock that the test moves: rows take 0.25 s, an update 0.75 s. The first rows come before the clock runs."""
+@pytest.mark.parametrize("is_behind", [True, False])
+def test_waits_for_rows_are_counted_as_their_share_of_the_time(
+    new_run, monkeypatch, log_every, evaluate_every, waits_s, training_s, is_behind
+):
+    """On a clock that the test moves: rows take 0.25 s, an update 0.75 s. The first rows come before the clock runs.
+
+    The next rows come while the update runs; who waits for them is seen by whether the update has ended by then.
+    """
     now_s = 100.0
     local_stream, run_step = loop.local_stream, TrainingStep.run
 
@@ -143,14 +149,18 @@ def test_waits_for_rows_are_counted_as_their_share_of_the_time(new_run, monkeypa
     monkeypatch.setattr("time.perf_counter", lambda: now_s)
     monkeypatch.setattr(loop, "local_stream", slow_stream)
     monkeypatch.setattr(TrainingStep, "run", slow_step)
+    monkeypatch.setattr(RunningStep, "has_ended", lambda step: is_behind)
     run = new_run()
     run(
         tiny_config(num_steps=7, evaluate_every=evaluate_every, sample_every=0, checkpoint_every=0, log_every=log_every)
     )
     records = [record for record in storage.read_jsonl(run.folder.metrics) if "loss" in record]
     assert [record["step"] for record in records] == list(range(0, 7, log_every))
-    assert [record["data_wait_s"] for record in records] == pytest.approx([0] + [0.25 * log_every] * (len(records) - 1))
-    assert [record["data_wait_share"] for record in records] == pytest.approx([0] + [0.25] * (len(records) - 1))
+    if not is_behind:
+        waits_s = [0] * len(records)
+    assert [record["data_wait_s"] for record in records] == pytest.approx(waits_s)
+    shares = [wait_s / lap_s for wait_s, lap_s in zip(waits_s, training_s, strict=True)]
+    assert [record["data_wait_share"] for record in records] == pytest.approx(shares)
     assert records[-1]["training_s"] == pytest.approx(0.75 + 6 * 1.0)
 
 

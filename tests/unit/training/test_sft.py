@@ -111,7 +111,7 @@ def test_the_loss_is_a_mean_over_supervised_tokens_whatever_the_micro_batch(micr
     model = model_of_bytes()
     rows = np.concatenate([row_of(A, B), row_of(A), row_of(B), row_of()])
     schedule = StepSchedule(lr_factor=0.0, muon_momentum=0.9, muon_weight_decay=0.0)
-    result = step_with(model, micro_batch_rows).run(rows, schedule)
+    result = step_with(model, micro_batch_rows).run(rows, schedule).result()
     assert result.loss == pytest.approx(naive_loss(model, A, B, A, B), rel=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_gradients_do_not_depend_on_the_micro_batch():
 def test_rows_without_anything_to_learn_give_zero_not_nan():
     model = model_of_bytes()
     schedule = StepSchedule(lr_factor=0.0, muon_momentum=0.9, muon_weight_decay=0.0)
-    assert step_with(model).run(row_of(), schedule).loss == 0.0
+    assert step_with(model).run(row_of(), schedule).result().loss == 0.0
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(new_run, monkeypatch):

@@ -67,10 +67,10 @@ def test_the_loss_is_the_mean_over_the_tokens_before_the_update():
     with torch.no_grad():
         log_p = model.logits(model(tokens[:, :-1])).double().log_softmax(-1)
     expected = -log_p.gather(2, tokens[:, 1:, None]).mean()
-    result = training_step(model).run(rows, SCHEDULE)
+    result = training_step(model).run(rows, SCHEDULE).result()
     assert result.loss == pytest.approx(float(expected), abs=1e-5)
     assert result.command == 0
-    assert training_step(model).run(rows, SCHEDULE, command=2).command == 2
+    assert training_step(model).run(rows, SCHEDULE, command=2).result().command == 2
 
 
 def gradients(micro_batch_rows: int) -> dict[str, torch.Tensor]:
@@ -93,7 +93,7 @@ def test_one_times_eight_rows_train_as_four_times_two():
     for micro_batch_rows in (8, 2):
         model = random_model()
         step = training_step(model, micro_batch_rows)
-        losses.append([step.run(random_rows(seed=k), SCHEDULE).loss for k in range(6)])
+        losses.append([step.run(random_rows(seed=k), SCHEDULE).result().loss for k in range(6)])
         models.append(model)
     assert losses[0] == pytest.approx(losses[1], abs=3e-6)
     start = random_model()
@@ -119,7 +119,9 @@ def test_a_gpu_trains_as_a_cpu_does(compiled, document_masking):
         rows = [random_rows(seed=k) for k in range(6)]
         for part in rows:
             part[:, 7] = BOS
-        losses.append([step.run(part, SCHEDULE).loss for part in rows])
+        results = [step.run(part, SCHEDULE).result() for part in rows]
+        losses.append([result.loss for result in results])
+        assert all(result.device_s is None if device == "cpu" else 0 < result.device_s < 60 for result in results)
         models.append(model.cpu())
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     start = random_model()

@@ -69,7 +69,9 @@ class Worker:
             mine = ROWS // self.world_size
             rows = rows_of(number)[self.rank * mine : (self.rank + 1) * mine]
             schedule = StepSchedule(lr_factor=min(1.0, (number + 1) / WARMUP), muon_momentum=0.9, muon_weight_decay=0.1)
-            result = self.step.run(rows, schedule, 2 * (number == stop_in and self.rank == self.world_size - 1))
+            result = self.step.run(
+                rows, schedule, 2 * (number == stop_in and self.rank == self.world_size - 1)
+            ).result()
             assert result.command == 2 * (number == stop_in)
             losses.append(result.loss)
         return losses
