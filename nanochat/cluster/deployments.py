@@ -125,7 +125,7 @@ def application(serving: ServingConfig, replicas: ReplicasConfig, backend: str =
     if gpus is None:
         gpus = 1.0 if resources("serve", placed).get("GPU", 0) else 0.0
     least = max(1, replicas.min_replicas)
-    needed = {"CPU": least * replicas.replica_cpus, "GPU": least * gpus}
+    needed = [{"CPU": replicas.replica_cpus, "GPU": gpus}] * least
     remedy = "Ask for fewer --min-replicas, or lower --replica-cpus and --replica-gpus."
     check_resources(f"min_replicas={least}", needed, "serve", placed, remedy, log.warning)
     number: dict[str, Any] = {"num_replicas": replicas.max_replicas}

@@ -7,7 +7,7 @@ labels, `--by-label` makes jobs obey them.
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,26 +34,38 @@ def on_nodes_for(work: Work, cluster: ClusterConfig) -> dict[str, dict[str, str]
 
 
 def resources(work: Work, cluster: ClusterConfig) -> dict[str, float]:
-    """Return what the nodes have that are there now and may do this work."""
+    """Return what the nodes have, all together, that are there now and may do this work."""
+    return _sum(_nodes_for(work, cluster))
+
+
+def _nodes_for(work: Work, cluster: ClusterConfig) -> list[dict[str, float]]:
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return [node["Resources"] for node in alive if not cluster.by_label or node["Labels"].get(WORK_LABEL) == work]
+
+
+def _sum(bundles: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for node in ray.nodes():
-        if node["Alive"] and (not cluster.by_label or node["Labels"].get(WORK_LABEL) == work):
-            for kind, amount in node["Resources"].items():
-                total[kind] = total.get(kind, 0.0) + amount
+    for bundle in bundles:
+        for kind, amount in bundle.items():
+            total[kind] = total.get(kind, 0.0) + amount
     return total
 
 
 def check_resources(
     asked: str,
-    needed: Mapping[str, float],
+    bundles: Sequence[Mapping[str, float]],
     work: Work,
     cluster: ClusterConfig,
     remedy: str,
     note: Callable[[str], None],
 ) -> None:
-    """Raise ClusterError if so much is neither there nor can be added; what can be added is waited for, with a note."""
-    have, most = resources(work, cluster), state.get_max_resources_from_cluster_config()
-    for kind, amount in needed.items():
+    """Refuse what the cluster can never have: `bundles`, each of which one process needs on one node.
+
+    What can be added is waited for, with a note. Raises: ClusterError.
+    """
+    nodes, most = _nodes_for(work, cluster), state.get_max_resources_from_cluster_config()
+    have = _sum(nodes)
+    for kind, amount in _sum(bundles).items():
         there = have.get(kind, 0.0)
         if amount <= there:
             continue
@@ -64,6 +76,10 @@ def check_resources(
         if amount > there + more:
             raise ClusterError(f"{lack}. {remedy}")
         note(f"{lack}. Waiting for nodes.")
+    for bundle in bundles if most is None else ():
+        if not any(all(node.get(kind, 0.0) >= amount for kind, amount in bundle.items()) for node in nodes):
+            one = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items() if amount)
+            raise ClusterError(f"{asked}: each needs {one} on one node, and no node has so much. {remedy}")
 
 
 def software() -> dict[str, str]:
@@ -85,11 +101,22 @@ def software() -> dict[str, str]:
     }
 
 
+def check_software(drivers: Mapping[str, str], nodes: Mapping[str, str], node: str) -> None:
+    """Raise ClusterError if a node does not run what the driver does: results would differ without a word.
+
+    Processes that train or sample ask it of themselves, for they may be on a node that came after `check_nodes`.
+    """
+    for name, version in drivers.items():
+        if nodes[name] != version:
+            remedy = "Use one image for all nodes, and one RAY_AUTH_MODE to start Ray and for jobs (token by default)."
+            raise ClusterError(f"node={node}: has {name} {nodes[name]}, the driver {version}. {remedy}")
+
+
 def check_nodes(run_dir: str) -> None:
     """Ask every node what it runs, and whether it sees the run directory.
 
-    Raises: ClusterError if one runs other software than this process (results would differ without a word), does not
-    see the directory (checkpoints would be lost), or does not answer.
+    Raises: ClusterError if one runs other software than this process, does not see the directory (checkpoints would be
+    lost), or does not answer.
     """
     path = storage.absolute(run_dir)
     answers: dict[Any, str] = {}
@@ -112,12 +139,7 @@ def check_nodes(run_dir: str) -> None:
                 f"{node}: cannot run this project ({type(err).__name__}: {excerpt(str(err).splitlines()[-1])}). "
                 "Install it there, or use the Dockerfile's image."
             ) from err
-        for name, version in mine.items():
-            if theirs[name] != version:
-                remedy = (
-                    "Use one image for all nodes, and one RAY_AUTH_MODE to start Ray and for jobs (token by default)."
-                )
-                raise ClusterError(f"{node}: has {name} {theirs[name]}, the driver {version}. {remedy}")
+        check_software(mine, theirs, answers[one])
         if not sees_it:
             raise ClusterError(f"{node}: does not see run_dir={run_dir}. Put it where all nodes see it, or use a URI.")
 

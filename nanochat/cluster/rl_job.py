@@ -144,13 +144,13 @@ def share_machines(
     actors = rollouts.actors or max(
         1, int(left / each) if use_gpu else min(physical_cores() // 2, physical_cores() - learners)
     )
-    sampling = {"CPU": actors * rollouts.cpus_per_actor, "GPU": actors * each if use_gpu else 0.0}
-    learning = {"CPU": learners * cluster.cpus_per_worker, "GPU": learners * (gpus_each or 1.0) if use_gpu else 0.0}
+    sampling = [{"CPU": rollouts.cpus_per_actor, "GPU": each if use_gpu else 0.0}] * actors
+    learning = [{"CPU": cluster.cpus_per_worker, "GPU": (gpus_each or 1.0) if use_gpu else 0.0}] * learners
     remedy = "Ask for fewer --actors, or lower --cpus-per-actor."
     if cluster.by_label:
         check_workers(learners, cluster, 1.0 if use_gpu else 0.0, note)
         check_resources(f"actors={actors}", sampling, "rollouts", cluster, remedy, note)
     else:
-        both = {kind: amount + sampling[kind] for kind, amount in learning.items()}
-        check_resources(f"actors={actors}: with {learners} learning", both, "train", cluster, remedy, note)
+        asked = f"actors={actors}: with {learners} learning"
+        check_resources(asked, learning + sampling, "train", cluster, remedy, note)
     return learners, actors, gpus_each, use_gpu

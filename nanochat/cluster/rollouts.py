@@ -9,6 +9,7 @@ the learner waiting.
 
 import asyncio
 import contextlib
+import platform
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from nanochat.cluster.nodes import check_software, software
 from nanochat.cluster.terminal import with_story
 from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
@@ -57,6 +59,8 @@ class RolloutSpec:
     """Processes that share the cores of this machine: actors and learners."""
     placement: Mapping[str, Any] = field(default_factory=dict)
     """The option that says on which nodes actors are."""
+    software: Mapping[str, str] = field(default_factory=software)
+    """The driver's, which all actors must have."""
 
     def judged(self, task: Task) -> Task:
         """Return the task, judged by the reward that the config names."""
@@ -106,6 +110,7 @@ class RolloutActor:
     async def begun(self) -> None:
         """Load tokenizer and task; weights come with the first order. Raises: what is wrong with them."""
         spec = self.spec
+        check_software(spec.software, software(), platform.node())
         tokenizer = Tokenizer.load(spec.tokenizer_folder)
         run = RunContext(use_gpu=spec.use_gpu, local_world_size=spec.processes)
         hardware = choose_hardware(spec.config, run)

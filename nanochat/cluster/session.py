@@ -242,7 +242,7 @@ def actor_map(
     def apply_all(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         start_ray()
         kind, each = ("GPU", num_gpus) if num_gpus else ("CPU", 0.5)
-        check_resources(f"actors={actors}", {kind: actors * each}, "train", cluster, "Ask for fewer --actors.", note)
+        check_resources(f"actors={actors}", [{kind: each}] * actors, "train", cluster, "Ask for fewer --actors.", note)
         options = {"num_cpus": 0 if num_gpus else each, "num_gpus": num_gpus} | on_nodes_for("train", cluster)
         pool = _ActorPool(fn, actors, options)
         give = 0

@@ -242,7 +242,7 @@ def _tuner(config: SweepConfig, due: list[SweepRun], all_runs: int, story: _Stor
         gpus = 1.0 if resources("train", cluster).get("GPU") else 0.0
     needed = {"CPU": config.cpus_per_run} | ({"GPU": gpus} if gpus else {})
     asked = f"cpus_per_run={config.cpus_per_run:g}, gpus_per_run={gpus:g}"
-    check_resources(asked, needed, "train", cluster, "Ask for less.", story.terminal.line)
+    check_resources(asked, [needed], "train", cluster, "Ask for less.", story.terminal.line)
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     beside = max(1, min(all_runs, int(largest / config.cpus_per_run)))  # a function of the command, for exact resumes
     context = RunContext(use_gpu=gpus > 0, gpu_share=gpus or 1.0, local_world_size=beside)

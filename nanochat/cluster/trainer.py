@@ -6,11 +6,12 @@ cause (RuntimeError, OSError). Everything else is the code's or the input's and 
 
 import contextlib
 import os
+import platform
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat import storage
-from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
+from nanochat.cluster.nodes import check_resources, check_software, on_nodes_for, resources, software
 from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
 from nanochat.cluster.session import start_ray
 from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
@@ -72,6 +73,8 @@ class TrainJob:
     spec: StreamSpec | None = None
     """Of a stage that trains on rows."""
     gpus_per_worker: float = 1.0
+    software: Mapping[str, str] = field(default_factory=software)
+    """The driver's, which all workers must have."""
 
 
 class OnFailure(UserCallback):
@@ -172,6 +175,7 @@ def rl_worker(rollouts: RolloutSpec, base: Checkpoint, held_out: Task, job: "Tra
 def _work(job: TrainJob) -> None:
     """Run the job's worker; an exception is written to the run's errors before it leaves the process."""
     try:
+        check_software(job.software, software(), platform.node())
         job.worker(job)
     except Exception as err:
         rank = ray.train.get_context().get_world_rank()
@@ -267,7 +271,7 @@ def workers_of(cluster: ClusterConfig, note: Callable[[str], None]) -> tuple[int
 def check_workers(workers: int, cluster: ClusterConfig, gpus_each: float, note: Callable[[str], None]) -> None:
     """Raise ClusterError if the cluster has no room for the least number of workers and cannot grow so far."""
     least = cluster.min_workers or workers
-    needed = {"GPU": least * gpus_each, "CPU": least * cluster.cpus_per_worker}
+    needed = [{"GPU": gpus_each, "CPU": cluster.cpus_per_worker}] * least
     remedy = "Ask for fewer --num-workers, or lower --cpus-per-worker."
     check_resources(f"num_workers={least}", needed, "train", cluster, remedy, note)
 

@@ -99,7 +99,7 @@ def test_a_cluster_that_can_grow_is_waited_for(ray_session):
     noted: list[str] = []
 
     def ask(gpus):
-        check_resources("num_workers=x", {"GPU": gpus}, "train", ANYWHERE, "Ask for fewer.", noted.append)
+        check_resources("num_workers=x", [{"GPU": 1.0}] * gpus, "train", ANYWHERE, "Ask for fewer.", noted.append)
 
     with pytest.raises(ClusterError, match=r"^num_workers=x: needs 6 GPU, the cluster has 0\. Ask for fewer\.$"):
         ask(6)

@@ -1,7 +1,9 @@
 """One rollout actor without a Ray: when it takes over weights, what it answers, and how it ends."""
 
 import asyncio
+import platform
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from nanochat.cluster import rollouts
 from nanochat.cluster.rollouts import Order, RolloutActor, RolloutSpec
 from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
+from nanochat.errors import ClusterError
 from nanochat.inference.rollouts import Group
 from nanochat.training.hardware import Hardware
 
@@ -67,6 +70,15 @@ def run(coroutine):
 
 def order(group: int | None, version: int) -> Order:
     return Order(group, version, [f"weights {version}".encode()])
+
+
+def test_an_actor_of_other_software_does_not_begin(actor):
+    """It may be on a node that came after the nodes were looked at."""
+    actor.spec = replace(actor.spec, software=actor.spec.software | {"torch": "2.0.0"})
+    with pytest.raises(
+        ClusterError, match=rf"^node={platform.node()}: has torch 2\.13\.0, the driver 2\.0\.0\. Use one"
+    ):
+        run(actor.begun())
 
 
 def test_each_order_is_answered_with_weights_at_least_as_new(actor):

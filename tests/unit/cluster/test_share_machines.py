@@ -70,6 +70,20 @@ def test_what_the_cluster_can_never_have_is_refused(cluster_of):
     assert trainer.workers_of(ClusterConfig(num_workers=4), print) == (4, True)
 
 
+def test_what_fits_on_no_single_node_is_refused_at_once(cluster_of):
+    """Two nodes have 8 GPUs together, none has 6; of nodes that may still come the sizes are not known."""
+    two = {"a": {"CPU": 16, "GPU": 4}, "b": {"CPU": 64, "GPU": 4}}
+    cluster_of(**two)
+    asked = r"actors=1: with 2 learning: each needs 0.5 CPU and 6 GPU on one node, and no node has so much. Ask for"
+    with pytest.raises(ClusterError, match=asked):
+        rl_job.share_machines(ClusterConfig(), RolloutsConfig(actors=1, gpus_per_actor=6.0), print)
+    with pytest.raises(ClusterError, match=r"num_workers=1: each needs 1 GPU and 65 CPU on one node"):
+        trainer.workers_of(ClusterConfig(num_workers=1, cpus_per_worker=65.0), print)
+    assert trainer.workers_of(ClusterConfig(num_workers=8, cpus_per_worker=8.0), print) == (8, True)
+    cluster_of(most={"CPU": 500, "GPU": 8}, **two)
+    assert trainer.workers_of(ClusterConfig(num_workers=1, cpus_per_worker=65.0), print) == (1, True)
+
+
 def test_each_kind_of_work_counts_the_nodes_of_its_label(cluster_of):
     cluster_of(
         data={"CPU": 64}, train={"CPU": 192, "GPU": 8}, rollouts={"CPU": 192, "GPU": 6}, serve={"CPU": 48, "GPU": 4}
