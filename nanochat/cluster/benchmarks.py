@@ -28,7 +28,7 @@ from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
 from nanochat.data.corpora import Corpus, SourceShard, prepare_corpus
 from nanochat.data.document_shards import write_token_shards
-from nanochat.data.row_order import RowReader
+from nanochat.data.row_order import RowReader, StepRows
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer, train_tokenizer
 from nanochat.model.gpt import GPT
@@ -38,7 +38,7 @@ from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
 from nanochat.training.checkpoint import CheckpointWriter
 from nanochat.training.hardware import CPU_ALLOCATOR_ENVIRONMENT, matmul_gflops
-from nanochat.training.loop import StepRows, TrainingInputs, local_stream
+from nanochat.training.loop import TrainingInputs, local_stream
 from nanochat.training.memory import training_memory
 from nanochat.training.plan import learning_rates, resolve
 from nanochat.training.pretrain import pretrain

@@ -18,12 +18,10 @@ import numpy as np
 import ray.data
 from ray.data import DataIterator
 
-from nanochat.data.row_order import RowReader
+from nanochat.data.row_order import RowReader, StepRows
 from nanochat.data.token_shards import TokenShards
 from nanochat.errors import ConfigError
 from nanochat.storage import StageFolder
-from nanochat.training.checkpoint import newest_checkpoint
-from nanochat.training.loop import StepRows
 
 UNIT_BYTES = 1 << 20
 MAX_TASKS = 8192
@@ -73,6 +71,8 @@ class StreamSpec:
 
     def dataset_from_newest_checkpoint(self) -> ray.data.Dataset:
         """Build the dataset from the newest complete checkpoint's step, or from 0; notes what is passed over."""
+        from nanochat.training.checkpoint import newest_checkpoint  # with torch, which those who read rows do without
+
         step = newest_checkpoint(self.folder.checkpoints, passed_over=self.folder.note) or 0
         self.folder.note(f"a worker group starts at step {step}")
         return self.dataset(step)

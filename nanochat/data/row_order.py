@@ -12,6 +12,7 @@ Source: the two-level shuffle of WebDataset and MosaicML Streaming, made statele
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,17 @@ from nanochat.data.token_shards import TokenShards
 WINDOW_GROUPS = 8
 
 Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One worker's rows of one step."""
+
+    step: int
+    row_ids: np.ndarray
+    """Global row numbers, int64 of shape (rows,)."""
+    rows_BT1: np.ndarray
+    """Tokens, uint16 or uint32 of shape (rows, sequence_len + 1)."""
 
 
 class RowOrder:

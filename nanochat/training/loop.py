@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from nanochat import storage
 from nanochat.config.training import TrainingConfig
-from nanochat.data.row_order import RowReader
+from nanochat.data.row_order import RowReader, StepRows
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import CheckpointError
@@ -34,17 +34,6 @@ from nanochat.training.checkpoint import Checkpoint, step_folder
 from nanochat.training.learner import Command, Learner
 from nanochat.training.metrics import StepClock
 from nanochat.training.step import RunningStep, StepResult, Supervised, TrainingStep, split_rows
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """One worker's rows of one step."""
-
-    step: int
-    row_ids: np.ndarray
-    """Global row numbers, int64 of shape (rows,)."""
-    rows_BT1: np.ndarray
-    """Tokens, uint16 or uint32 of shape (rows, sequence_len + 1)."""
 
 
 @dataclass(frozen=True)

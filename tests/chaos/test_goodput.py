@@ -23,7 +23,7 @@ def test_goodput_under_a_kill_a_minute(small, tmp_path: Path):  # noqa: F811
     """Useful steps of all that were executed, and useful time of all time; the kills are at moments drawn by a seed."""
     run = tmp_path / "run"
     shutil.copytree(small, run)
-    flags = ("--num-steps", "1000000", "--num-workers", "2", "--log-row-ids", "--max-failures", "1000",
+    flags = ("--num-steps", "3000", "--num-workers", "2", "--log-row-ids", "--max-failures", "1000",
              "--node-failure-s", "60")  # fmt: skip
     arguments = command(run, *flags)
     cadence = arguments.index("--checkpoint-every")

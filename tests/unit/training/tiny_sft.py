@@ -13,7 +13,7 @@ from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.data.corpora import prepare_corpus
 from nanochat.data.document_shards import write_token_shards
-from nanochat.data.row_order import RowReader
+from nanochat.data.row_order import RowReader, StepRows
 from nanochat.data.token_shards import TokenShards
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.run_context import RunContext
@@ -21,7 +21,7 @@ from nanochat.storage import StageFolder, read_jsonl
 from nanochat.tasks.mixture import MixtureSource, load_mixture
 from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.training.checkpoint import Checkpoint, newest_checkpoint
-from nanochat.training.loop import StepRows, TrainingInputs, local_stream
+from nanochat.training.loop import TrainingInputs, local_stream
 from nanochat.training.plan import resolve
 from nanochat.training.pretrain import pretrain
 from nanochat.training.sft import SftInputs, finetune, resolve_sft
