@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from nanochat import storage
-from nanochat.cluster.nodes import resources
+from nanochat.cluster.nodes import training_gpus
 from nanochat.cluster.session import actor_map, ray_context, start_ray
 from nanochat.cluster.terminal import Terminal, on_interrupt
 from nanochat.cluster.trainer import (
@@ -31,7 +31,7 @@ from nanochat.evaluation.evaluate import Evaluator, Model, evaluate, score_table
 from nanochat.provenance import begin_stage, check_stage, file_identity
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder, StageFolder
-from nanochat.tasks.mixture import MixtureSource, load_mixture, parse_part, with_absolute_paths
+from nanochat.tasks.mixture import Mixture, MixtureSource, load_mixture, parse_part, with_absolute_paths
 from nanochat.tasks.mixture_shards import write_mixture_shards
 from nanochat.tasks.task import Excerpt
 from nanochat.training import plan as planning
@@ -132,23 +132,34 @@ def pretrain_base(run_dir: str, config: PretrainConfig, cluster: ClusterConfig, 
     return checkpoint
 
 
+def pack_mixture(
+    run_dir: str, config: SftConfig, sequence_len: int, cluster: ClusterConfig, terminal: Terminal
+) -> tuple[MixtureSource, Mixture, TokenShards]:
+    """Load a mixture, downloads included, and pack it with the run's tokenizer; what is packed is looked over alone."""
+    folder = RunFolder(run_dir)
+    source = MixtureSource(with_absolute_paths(config), folder.tasks)
+    check_stage(folder.sft.root, {"sft": source.config}, source.files())
+    terminal.live("loading the mixture; what is not here yet is downloaded")
+    mixture = load_mixture(source)
+    is_packed = storage.exists(storage.join(folder.sft_shards, MANIFEST))  # then it takes no Ray
+    run = RunContext(progress=terminal.live) if is_packed else ray_context(terminal.live, cluster)
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    return source, mixture, write_mixture_shards(source, run, tokenizer, sequence_len, folder.sft_shards)
+
+
 def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, terminal: Terminal) -> Checkpoint:
     """Fine-tune the run's base model on a mixture until the horizon. Resumes by itself.
 
     Raises: KeyboardInterrupt if it was asked to stop before, after a checkpoint.
     """
-    folder, config = RunFolder(run_dir), with_absolute_paths(config)
+    folder = RunFolder(run_dir)
     base = Checkpoint(str(named_model(run_dir, config.base or "pretrain", terminal.line).checkpoint))
     if (of_base := tokenizer_of(run_dir, base.folder)) != folder.tokenizer:
         Tokenizer.load(of_base).save(folder.tokenizer)
         terminal.line(f"tokenizer  the base model's, from {of_base}")
     tokenizer = Tokenizer.load(folder.tokenizer)
-    source = MixtureSource(config, folder.tasks)
-    check_stage(folder.sft.root, {"sft": config}, source.files())
-    mixture = load_mixture(source)
-    is_packed = storage.exists(storage.join(folder.sft_shards, MANIFEST))  # then to look it over takes no Ray
-    run = RunContext(progress=terminal.live) if is_packed else ray_context(terminal.live, cluster)
-    shards = write_mixture_shards(source, run, tokenizer, base.state["model"]["sequence_len"], folder.sft_shards)
+    source, mixture, shards = pack_mixture(run_dir, config, base.state["model"]["sequence_len"], cluster, terminal)
+    config = source.config
     sft = resolve_sft(config, base, shards.rows("train"))
     left_out = {
         "longer than a row": sum(shard.skipped["longer_than_a_row"] for shard in shards.shards),
@@ -207,11 +218,11 @@ def evaluate_models(
     results = scored_before(evaluator)
     if results is None:
         start_ray()
-        gpus = int(resources("train", cluster).get("GPU", 0)) if cluster.use_gpu in (None, True) else 0
-        actors = config.actors or max(1, gpus)
+        gpus, use_gpu = training_gpus(cluster)
+        actors = config.actors or ((gpus or cluster.num_workers or 1) if use_gpu else 1)
         run = RunContext(
-            use_gpu=gpus > 0, local_world_size=actors, progress=terminal.live, note=terminal.line,
-            map=actor_map(actors, 1.0 if gpus else 0.0, cluster, terminal.line),
+            use_gpu=use_gpu, local_world_size=actors, progress=terminal.live, note=terminal.line,
+            map=actor_map(actors, 1.0 if use_gpu else 0.0, cluster, terminal.line),
         )  # fmt: skip
         results = evaluate(Evaluator(config, run, run_dir, models), run)
     else:

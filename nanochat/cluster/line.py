@@ -1,25 +1,35 @@
 """All stages in order, as one job. A stage says itself what is missing of it: what is complete starts no Ray, no node.
 
-Data comes first and asks for CPUs alone, so nodes with GPUs come when there is something to train on; a stage's
-workers are gone when it ends, and with them what keeps its nodes.
+Data comes first, that of chat stages included, and asks for CPUs alone, so nodes with GPUs come when there is something
+to train on; a stage's workers are gone when it ends, and with them what keeps its nodes.
 """
 
 import time
 from dataclasses import replace
 
 from nanochat import storage
-from nanochat.cluster.jobs import evaluate_models, finetune_chat, prepare_data, prepared_before, pretrain_base
-from nanochat.cluster.rl_job import practise, prepare_practice
+from nanochat.cluster.jobs import (
+    evaluate_models,
+    finetune_chat,
+    pack_mixture,
+    prepare_data,
+    prepared_before,
+    pretrain_base,
+)  # fmt: skip
+from nanochat.cluster.rl_job import practise, prepare_practice, with_paths
 from nanochat.cluster.session import session
 from nanochat.cluster.terminal import Terminal
 from nanochat.cluster.usage import Usage
 from nanochat.config.line import STAGES, LineConfig
 from nanochat.config.serving import ServingConfig
+from nanochat.evaluation.evaluate import Evaluator
 from nanochat.pages.report import write_report
 from nanochat.pages.walk import write_walk
+from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
 from nanochat.training import plan as planning
 from nanochat.training.checkpoint import STAGES as MODELS
+from nanochat.training.rl import load_practice
 
 
 def run_line(line: LineConfig, terminal: Terminal, is_check: bool = False) -> None:
@@ -51,6 +61,21 @@ def _data(line: LineConfig, terminal: Terminal) -> None:
         prepare_data(line.run_dir, *made_from, line.cluster, terminal)
     else:
         terminal.line(f"shards     {packed.rows('train')} training rows, made before")
+    _chat_data(line, terminal)
+
+
+def _chat_data(line: LineConfig, terminal: Terminal) -> None:
+    """Load and pack what later stages read; a stage that has begun, or begins from elsewhere, looks after itself."""
+    folder = RunFolder(line.run_dir)
+    if "sft" in line.stages and line.sft.base is None and not storage.exists(folder.sft.config):
+        pack_mixture(line.run_dir, line.sft, line.shards.sequence_len, line.cluster, terminal)
+    if "rl" in line.stages and not storage.exists(folder.rl.config):
+        terminal.live("loading what is practised; what is not here yet is downloaded")
+        load_practice(with_paths(line.rl), folder.tasks)
+    if "evaluate" in line.stages and not storage.exists(folder.evaluation.root):
+        terminal.live("loading what is scored; what is not here yet is downloaded")
+        for scoring in (line.score_base, line.score_chat):
+            _ = Evaluator(scoring, RunContext(), line.run_dir, []).tasks
 
 
 def _pretrain(line: LineConfig, terminal: Terminal) -> None:
@@ -63,7 +88,10 @@ def _sft(line: LineConfig, terminal: Terminal) -> None:
 
 def _rl(line: LineConfig, terminal: Terminal) -> None:
     practice = prepare_practice(line.run_dir, line.rl, terminal)
-    practise(line.run_dir, practice, line.rollouts, line.cluster, terminal)
+    cluster = line.cluster
+    if line.rl_workers is not None:
+        cluster = replace(cluster, num_workers=line.rl_workers, min_workers=None)
+    practise(line.run_dir, practice, line.rollouts, cluster, terminal)
 
 
 def _evaluate(line: LineConfig, terminal: Terminal) -> None:

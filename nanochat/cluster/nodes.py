@@ -24,6 +24,8 @@ from nanochat.errors import ClusterError, ConfigError, NanochatError, excerpt
 Work = Literal["data", "train", "rollouts", "serve"]
 WORK_LABEL = "work"
 ANYWHERE = ClusterConfig()
+UNBOUNDED = 1000
+"""Nodes that a group without a bound is taken to have."""
 ANSWER_S = 60.0
 """How long a node may take to say what it runs."""
 
@@ -36,6 +38,12 @@ def on_nodes_for(work: Work, cluster: ClusterConfig) -> dict[str, dict[str, str]
 def resources(work: Work, cluster: ClusterConfig) -> dict[str, float]:
     """Return what the nodes have, all together, that are there now and may do this work."""
     return _sum(_nodes_for(work, cluster))
+
+
+def training_gpus(cluster: ClusterConfig) -> tuple[int, bool]:
+    """Return how many GPUs there are now for models, and whether these are to be on GPUs, which may come later."""
+    gpus = int(resources("train", cluster).get("GPU", 0))
+    return gpus, gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
 
 
 def _nodes_for(work: Work, cluster: ClusterConfig) -> list[dict[str, float]]:
@@ -63,23 +71,39 @@ def check_resources(
 
     What can be added is waited for, with a note. Raises: ClusterError.
     """
-    nodes, most = _nodes_for(work, cluster), state.get_max_resources_from_cluster_config()
-    have = _sum(nodes)
+    nodes, groups = _nodes_for(work, cluster), _groups_for(work, cluster)
+    have, most = _sum(nodes), _sum(node for node, count in groups or () for _ in range(count))
     for kind, amount in _sum(bundles).items():
         there = have.get(kind, 0.0)
         if amount <= there:
             continue
-        more = 0 if most is None else max(0, most.get(kind, 0) - there)
+        more = max(0, most.get(kind, 0) - there)
         lack = f"{asked}: needs {amount:g} {kind}, the cluster has {there:g}"
         lack += f" on nodes with the label {WORK_LABEL}={work}" if cluster.by_label else ""
-        lack += "" if most is None else f", at most {more:g} can be added"
+        lack += "" if groups is None else f", at most {more:g} can be added"
         if amount > there + more:
             raise ClusterError(f"{lack}. {remedy}")
         note(f"{lack}. Waiting for nodes.")
-    for bundle in bundles if most is None else ():
-        if not any(all(node.get(kind, 0.0) >= amount for kind, amount in bundle.items()) for node in nodes):
+    sizes = nodes + [node for node, count in groups or () if count]
+    for bundle in bundles:
+        if not any(all(size.get(kind, 0.0) >= amount for kind, amount in bundle.items()) for size in sizes):
             one = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items() if amount)
             raise ClusterError(f"{asked}: each needs {one} on one node, and no node has so much. {remedy}")
+
+
+def _groups_for(work: Work, cluster: ClusterConfig) -> list[tuple[dict[str, float], int]] | None:
+    """Return of each group of nodes that the autoscaler may start what one has, and how many there may be in all.
+
+    None = there is no autoscaler. Ray knows a group's name but not its labels: where groups are named as kinds of work
+    are, as in cluster.yaml, the name counts for the label.
+    """
+    config = state.get_cluster_config()
+    if config is None or not config.node_group_configs:
+        return None
+    groups = list(config.node_group_configs)
+    if cluster.by_label and any(group.name == work for group in groups):
+        groups = [group for group in groups if group.name == work]
+    return [(dict(group.resources), UNBOUNDED if group.max_count < 0 else group.max_count) for group in groups]
 
 
 def software() -> dict[str, str]:

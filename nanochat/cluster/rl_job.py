@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat.cluster.jobs import named_model, watched
-from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
+from nanochat.cluster.nodes import check_resources, on_nodes_for, resources, training_gpus
 from nanochat.cluster.rollouts import RolloutSpec
 from nanochat.cluster.session import start_ray
 from nanochat.cluster.terminal import Terminal
@@ -46,10 +46,7 @@ def prepare_practice(run_dir: str, config: RLConfig, terminal: Terminal) -> Prac
     """Load and check what is practised; needs no Ray. Raises: what is wrong with it."""
     folder = RunFolder(run_dir)
     base = Checkpoint(str(named_model(run_dir, config.base or "sft", terminal.line).checkpoint))
-    config = replace(
-        config, task=with_absolute_path(config.task),
-        held_out=None if config.held_out is None else with_absolute_path(config.held_out),
-    )  # fmt: skip
+    config = with_paths(config)
     files = practice_files(config)
     check_stage(folder.rl.root, {"rl": config}, files)
     plan, _, inherited = resolve_rl(config, base)
@@ -59,6 +56,12 @@ def prepare_practice(run_dir: str, config: RLConfig, terminal: Terminal) -> Prac
         Tokenizer.load(of_base).save(folder.tokenizer)
         terminal.line(f"tokenizer  the base model's, from {of_base}")
     return Practice(config, base, files, task, held_out, plan, inherited)
+
+
+def with_paths(config: RLConfig) -> RLConfig:
+    """Return a config whose paths mean the same in every folder."""
+    held_out = None if config.held_out is None else with_absolute_path(config.held_out)
+    return replace(config, task=with_absolute_path(config.task), held_out=held_out)
 
 
 def practise(
@@ -135,8 +138,7 @@ def share_machines(
     half; of this machine's cores half sample, one actor on each.
     Raises: ClusterError if the cluster cannot hold them.
     """
-    gpus = int(resources("train", cluster).get("GPU", 0))
-    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
+    gpus, use_gpu = training_gpus(cluster)
     gpus_each = 0.5 if use_gpu and gpus == 1 and not cluster.by_label else 0.0
     learners = cluster.num_workers or (max(1, gpus if cluster.by_label else gpus // 4) if use_gpu else 1)
     each = rollouts.gpus_per_actor or gpus_each or 1.0
@@ -144,6 +146,8 @@ def share_machines(
     actors = rollouts.actors or max(
         1, int(left / each) if use_gpu else min(physical_cores() // 2, physical_cores() - learners)
     )
+    if use_gpu and rollouts.actors is None and left < each:
+        note(f"actors={actors}: no GPU for sampling is there yet. Name --actors to have more.")
     sampling = [{"CPU": rollouts.cpus_per_actor, "GPU": each if use_gpu else 0.0}] * actors
     learning = [{"CPU": cluster.cpus_per_worker, "GPU": (gpus_each or 1.0) if use_gpu else 0.0}] * learners
     remedy = "Ask for fewer --actors, or lower --cpus-per-actor."

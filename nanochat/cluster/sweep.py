@@ -243,13 +243,11 @@ def _tuner(config: SweepConfig, due: list[SweepRun], all_runs: int, story: _Stor
     needed = {"CPU": config.cpus_per_run} | ({"GPU": gpus} if gpus else {})
     asked = f"cpus_per_run={config.cpus_per_run:g}, gpus_per_run={gpus:g}"
     check_resources(asked, [needed], "train", cluster, "Ask for less.", story.terminal.line)
-    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    beside = max(1, min(all_runs, int(largest / config.cpus_per_run)))  # a function of the command, for exact resumes
-    context = RunContext(use_gpu=gpus > 0, gpu_share=gpus or 1.0, local_world_size=beside)
 
     def trial(chosen: dict[str, int]) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compile_cache())
-        train_run(due[chosen["run"]], context)
+        beside = max(1, min(all_runs, int(_cpus_of_this_node() / config.cpus_per_run)))  # also while fewer are at work
+        train_run(due[chosen["run"]], RunContext(use_gpu=gpus > 0, gpu_share=gpus or 1.0, local_world_size=beside))
 
     place = {f"bundle_{name}": [value] for name, value in on_nodes_for("train", cluster).items()}
     return tune.Tuner(
@@ -260,6 +258,11 @@ def _tuner(config: SweepConfig, due: list[SweepRun], all_runs: int, story: _Stor
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     )  # fmt: skip
+
+
+def _cpus_of_this_node() -> float:
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)
 
 
 def _tune_storage(config: SweepConfig) -> str:

@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat import storage
-from nanochat.cluster.nodes import check_resources, check_software, on_nodes_for, resources, software
+from nanochat.cluster.nodes import check_resources, check_software, on_nodes_for, software, training_gpus
 from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
 from nanochat.cluster.session import start_ray
 from nanochat.cluster.stream import StreamSpec, allowed_workers, steps_of
@@ -261,8 +261,7 @@ def run_on_ray(job: TrainJob, num_steps: int, cluster: ClusterConfig, watch: Cal
 
 def workers_of(cluster: ClusterConfig, note: Callable[[str], None]) -> tuple[int, bool]:
     """Return how many workers train, and whether on GPUs. Raises: ClusterError as `check_workers`."""
-    gpus = int(resources("train", cluster).get("GPU", 0))
-    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
+    gpus, use_gpu = training_gpus(cluster)
     workers = cluster.num_workers or (gpus if use_gpu else 0) or 1
     check_workers(workers, cluster, 1.0 if use_gpu else 0.0, note)
     return workers, use_gpu

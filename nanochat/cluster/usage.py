@@ -15,6 +15,7 @@ from ray._private.state import available_resources_per_node
 
 from nanochat import storage
 from nanochat.cluster.nodes import WORK_LABEL
+from nanochat.errors import excerpt
 from nanochat.storage import RunFolder
 
 LOOK_S = 2.0
@@ -28,6 +29,10 @@ class Usage:
         self.folder, self.prices = folder, prices
         self.cost = 0.0
         """Dollars so far, of this command; without prices 0."""
+        self.kinds: set[str] = set()
+        """Of the nodes that there were."""
+        self.missed: str | None = None
+        """Why the last of the looks failed that did."""
 
     @contextlib.contextmanager
     def of(self, stage: str) -> Iterator[None]:
@@ -42,24 +47,34 @@ class Usage:
             thread.join()
 
     def _look(self, stage: str, ended: threading.Event) -> None:
-        lap, before_s = _Lap(), time.monotonic()
-        while True:
+        lap, before_s, is_over = _Lap(), time.monotonic(), False
+        while not is_over:
             is_over = ended.wait(LOOK_S)
-            now_s = time.monotonic()
-            if ray.is_initialized():
-                lap.add(now_s - before_s, nodes_at_work())
-            before_s = now_s
-            if lap.elapsed_s >= LINE_S or (is_over and lap.elapsed_s):
-                record = lap.as_json(stage, self.prices)
-                storage.append_jsonl(self.folder.usage, record)
-                self.cost += record["cost"]
-                lap = _Lap()
-            if is_over:
-                return
+            try:
+                before_s = _count(lap, before_s)
+                if lap.elapsed_s >= LINE_S or (is_over and lap.elapsed_s):
+                    self._keep(lap.as_json(stage, self.prices))
+                    lap = _Lap()
+            except (
+                OSError,
+                RuntimeError,
+                ray.exceptions.RayError,
+            ) as err:  # no reason to end: the next look makes it up
+                self.missed = excerpt(err)
+
+    def _keep(self, record: dict) -> None:
+        storage.append_jsonl(self.folder.usage, record)
+        self.cost += record["cost"]
+        self.kinds |= record["working_s"].keys() | record["idle_s"].keys()
 
     def cost_text(self) -> str:
-        """Return what it has cost, for the end of a line."""
-        return f", {self.cost:.2f} dollars" if self.prices else ""
+        """Return what it has cost, for the end of a line, and what is wrong with that."""
+        if not self.prices:
+            return ""
+        text = f", {self.cost:.2f} dollars"
+        if unseen := sorted(self.prices.keys() - self.kinds):
+            text += f"; no node was {' or '.join(unseen)}"
+        return text if self.missed is None else f"{text}; a part may be missing ({self.missed})"
 
 
 class _Lap:
@@ -85,6 +100,14 @@ class _Lap:
             "stage": stage, "elapsed_s": self.elapsed_s, "waiting_s": self.waiting_s, "working_s": self.working_s,
             "idle_s": self.idle_s, "cost": sum(prices.get(kind, 0.0) * s / 3600 for kind, s in there.items()),
         }  # fmt: skip
+
+
+def _count(lap: _Lap, before_s: float) -> float:
+    """Count the time since the last look that worked, if there is a Ray by now; returns this look's time."""
+    now_s = time.monotonic()
+    if ray.is_initialized():
+        lap.add(now_s - before_s, nodes_at_work())
+    return now_s
 
 
 def nodes_at_work() -> list[tuple[str, bool]]:

@@ -47,11 +47,15 @@ class LineConfig:
     score_chat: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How the chat models are scored, each that there is."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    rl_workers: int | None = None
+    """Processes that learn in rl; none = as many as train in the stages before."""
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ConfigError(f"stages=(): must name one of {', '.join(STAGES)}. Leave it out for all but serve.")
+        if self.rl_workers is not None and self.rl_workers < 1:
+            raise ConfigError(f"rl_workers={self.rl_workers}: must be at least 1. Leave it out for the default.")
         self.prices()
 
     def prices(self) -> dict[str, float]:
@@ -71,10 +75,13 @@ class LineConfig:
 def smoke_of(line: LineConfig) -> LineConfig:
     """Return ten steps of every stage, on the same nodes, in a folder beside the real ones.
 
-    Models, batches and rows are the real ones, or memory and speed would not be seen; what is read, validated and
-    scored is little.
+    Models, batches and rows are the real ones, or memory and speed would not be seen; what pretraining reads, and what
+    is validated and scored, is little. The mixture is loaded whole.
     """
-    few = {"num_steps": SMOKE_STEPS, "checkpoint_every": SMOKE_STEPS // 2, "sample_every": 0, "evaluate_every": 0}
+    few = {
+        "num_steps": SMOKE_STEPS, "checkpoint_every": SMOKE_STEPS // 2, "keep_checkpoints": 1, "sample_every": 0,
+        "evaluate_every": 0,
+    }  # fmt: skip
     least = 2 * line.shards.sequence_len
     tokenizer = replace(line.tokenizer, max_chars=min(line.tokenizer.max_chars, 20_000_000))
     scores = {"max_per_task": 8}

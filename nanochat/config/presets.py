@@ -13,7 +13,7 @@ from nanochat.config.evaluation import EvaluationConfig
 from nanochat.config.line import STAGES, LineConfig
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.replicas import ReplicasConfig
-from nanochat.config.rl import RLConfig
+from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.config.sft import SftConfig
 from nanochat.config.shards import ShardsConfig
 from nanochat.config.tokenizer import TokenizerConfig
@@ -61,12 +61,16 @@ SPEEDRUN = LineConfig(
     score_base=EvaluationConfig(tasks=(), bits_per_byte=True),
     score_chat=EvaluationConfig(tasks=CHAT_TASKS),
     cluster=ClusterConfig(use_gpu=True, num_workers=8),
+    rl_workers=2,
+    rollouts=RolloutsConfig(actors=6),
 )
 
 ONE_GPU = replace(
     SPEEDRUN,
     stages=("data", "pretrain", "sft", "rl", "evaluate"),
     cluster=ClusterConfig(use_gpu=True, num_workers=1),
+    rl_workers=None,
+    rollouts=RolloutsConfig(),
 )
 
 PRESETS: dict[str, tuple[str, LineConfig]] = {
@@ -79,7 +83,10 @@ PRESETS: dict[str, tuple[str, LineConfig]] = {
         "one GPU of 24 GB: depth 12",
         replace(ONE_GPU, run_dir="runs/d12", pretrain=PretrainConfig(depth=12, sample_every=0)),
     ),
-    "speedrun": ("one node of 8 H100: depth 24, GPT-2 grade", SPEEDRUN),
+    "speedrun": (
+        "one node of 8 H100: depth 24, GPT-2 grade (--score-base.core BUNDLE scores CORE, which says so)",
+        SPEEDRUN,
+    ),
     "multinode": (
         "several nodes of 8 H100, each kind of work on its own nodes: depth 26",
         replace(
@@ -88,6 +95,8 @@ PRESETS: dict[str, tuple[str, LineConfig]] = {
             stages=("data", "pretrain", "sft", "rl", "evaluate"),
             pretrain=replace(SPEEDRUN.pretrain, depth=26),
             cluster=ClusterConfig(use_gpu=True, num_workers=16, by_label=True),
+            rl_workers=8,
+            rollouts=RolloutsConfig(actors=8, timeout_s=1800),  # its node is asked for when rl begins
         ),
     ),
 }

@@ -10,9 +10,8 @@ import math
 import time
 from collections.abc import Callable
 
-ASSUMED_COST_S = 0.1
-"""Of the first checkpoint, which shows what one costs: with 6 h between failures it comes after about a minute."""
 WARM_STEPS = 10
+"""After so many steps of a start comes the first checkpoint, which shows what one costs."""
 
 
 def young_daly_s(cost_s: float, failures_s: float) -> float:
@@ -41,13 +40,12 @@ class Cadence:
             return self.every > 0 and step % self.every == 0
         if self._first is None:  # the first step is done, and what it compiled
             self._first, self._mark_s = step, time.perf_counter()
-        elif step == self._first + WARM_STEPS:
-            self._next = step + self._chosen(step, ASSUMED_COST_S)[0]
+            self._next = step + WARM_STEPS
         return step == self._next
 
     def saved(self, step: int, cost_s: float) -> None:
         """Take note of a checkpoint; the first one's cost decides how many steps lie between them from now on."""
-        if self._next is None:
+        if self._first is None or step == self._first:
             return
         if self._steps is None:
             self._mark_s += cost_s

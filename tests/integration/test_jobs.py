@@ -190,13 +190,36 @@ def test_which_models_are_scored_and_as_whom(tmp_path, monkeypatch, names, hf, a
     monkeypatch.setattr(jobs, "trained_character", lambda run_dir: "me.toml")
     seen = []
     monkeypatch.setattr(jobs, "start_ray", lambda: None)
-    monkeypatch.setattr(jobs, "resources", lambda work, cluster: {"CPU": 2.0})
+    monkeypatch.setattr(jobs, "training_gpus", lambda cluster: (0, False))
     monkeypatch.setattr(jobs, "named_model", lambda run_dir, name, note: jobs.Model(name, name))
     monkeypatch.setattr(jobs, "evaluate", lambda evaluator, run: seen.append(evaluator) or {})
     config = EvaluationConfig(models=names, hf=hf, core="bundle" if hf else None)
     jobs.evaluate_models(str(tmp_path), config, ClusterConfig(), Screen())
     assert list(seen[0].models) == [*asked, *(["hf_gpt2"] if hf else [])]
     assert seen[0].config.identity == ("me.toml" if "sft" in asked else None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cluster", "actors", "expected"),
+    [
+        ((0, False), {}, None, (1, 0.0)),
+        ((8, True), {}, None, (8, 1.0)),
+        ((8, True), {}, 3, (3, 1.0)),
+        ((0, True), {"num_workers": 16}, None, (16, 1.0)),
+        ((0, True), {}, None, (1, 1.0)),
+    ],
+)
+def test_who_scores(tmp_path, monkeypatch, gpus, cluster, actors, expected):
+    """On GPUs where they were asked for, also if none of them is there now."""
+    seen = []
+    monkeypatch.setattr(jobs, "start_ray", lambda: None)
+    monkeypatch.setattr(jobs, "training_gpus", lambda cluster: gpus)
+    monkeypatch.setattr(jobs, "named_model", lambda run_dir, name, note: jobs.Model(name, name))
+    monkeypatch.setattr(jobs, "actor_map", lambda actors, num_gpus, cluster, note: seen.append((actors, num_gpus)))
+    monkeypatch.setattr(jobs, "evaluate", lambda evaluator, run: seen.append((run.local_world_size, run.use_gpu)) or {})
+    config = EvaluationConfig(models=("pretrain",), actors=actors)
+    jobs.evaluate_models(str(tmp_path), config, ClusterConfig(**cluster), Screen())
+    assert seen == [expected, (expected[0], expected[1] > 0)]
 
 
 def test_without_a_name_every_chat_model_is_scored(tmp_path):

@@ -70,3 +70,29 @@ def test_a_stage_that_needs_no_ray_takes_nothing(looks, tmp_path):
         pass
     assert storage.read_jsonl(account.folder.usage) == []
     assert account.cost_text() == ""
+
+
+def test_a_look_that_fails_is_made_up_for_by_the_next(looks, tmp_path, monkeypatch):
+    """Three looks, the second of which finds no nodes; the third one's account cannot be written at first."""
+    looks += [[("train", True)], [], [("train", True)], [("train", True)]]
+    monkeypatch.setattr(usage, "LINE_S", 6.0)
+    append, failures = storage.append_jsonl, iter([True, False])
+
+    def nodes():
+        if not (found := looks.pop(0)):
+            raise OSError("the control store is away")
+        return found
+
+    def failing(path, record):
+        if next(failures):
+            raise OSError("the bucket is away")
+        append(path, record)
+
+    monkeypatch.setattr(usage, "nodes_at_work", nodes)
+    monkeypatch.setattr(usage.storage, "append_jsonl", failing)
+    account = Usage(RunFolder(str(tmp_path)), {"train": 3600.0, "trian": 1.0})
+    with account.of("pretrain"):
+        pass
+    (record,) = storage.read_jsonl(account.folder.usage)
+    assert record["working_s"] == {"train": 8.0}
+    assert account.cost_text() == ", 8.00 dollars; no node was trian; a part may be missing (the bucket is away)"

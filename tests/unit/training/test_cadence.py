@@ -9,7 +9,7 @@ from tiny_pretraining import Run, pretrain_as_worker, tiny_config
 from nanochat import storage
 from nanochat.storage import StageFolder
 from nanochat.training import cadence
-from nanochat.training.cadence import ASSUMED_COST_S, WARM_STEPS, Cadence, young_daly_s
+from nanochat.training.cadence import WARM_STEPS, Cadence, young_daly_s
 
 
 @pytest.fixture
@@ -48,8 +48,7 @@ def test_the_interval_is_the_one_that_loses_least():
 @pytest.mark.parametrize("first", [0, 137])
 def test_the_first_checkpoint_decides_for_all_that_follow(clock, first):
     at, notes = saves(clock, first=first)
-    begun = first + 1 + WARM_STEPS + round((2 * ASSUMED_COST_S * 900) ** 0.5)
-    assert at == list(range(begun, first + 400, 60))  # sqrt(2 * 2 s * 900 s) of steps of 1 s
+    assert at == list(range(first + 1 + WARM_STEPS, first + 400, 60))  # sqrt(2 * 2 s * 900 s) of steps of 1 s
     assert notes == [
         "a checkpoint every 60 steps of 1 s from now on: it stops training for 2 s, and there are 900 s between "
         "failures (Young/Daly)"
@@ -64,7 +63,19 @@ def test_what_costs_nothing_is_done_at_every_step_and_what_costs_too_much_once_a
 
 def test_a_step_longer_than_the_interval_is_followed_by_a_checkpoint(clock):
     at, _ = saves(clock, step_s=1000.0, failures_s=600.0, steps=20)
-    assert at == list(range(2 + WARM_STEPS, 20))
+    assert at == list(range(1 + WARM_STEPS, 20))
+
+
+def test_a_node_that_goes_may_have_the_first_checkpoint_written(clock):
+    """One that was not due: its cost decides as well, unless no step came before it."""
+    chosen = Cadence(None, 900.0, lambda value: value, print)
+    assert not chosen.due(1)
+    chosen.saved(1, 50.0)
+    clock[0] += 3.0
+    assert not chosen.due(4)
+    clock[0] += 2.0
+    chosen.saved(4, 2.0)
+    assert [step for step in range(5, 200) if chosen.due(step)] == [64]
 
 
 def test_a_cadence_that_is_told_is_kept(clock):
