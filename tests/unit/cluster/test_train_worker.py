@@ -1,9 +1,10 @@
-"""What Ray Train calls in each worker, without a Ray."""
+"""What Ray Train calls of this project, in each worker and where it counts them, without a Ray."""
 
 import platform
 from types import SimpleNamespace
 
 import pytest
+from ray.train import ScalingConfig
 
 from nanochat.cluster import trainer
 from nanochat.config.pretrain import PretrainConfig
@@ -29,3 +30,28 @@ def test_a_worker_of_other_software_does_not_train(tmp_path, monkeypatch):
     assert not trainer.is_retried(it.value)
     assert trained == [job]
     assert [path.rpartition("_")[2] for path in list_files(str(tmp_path))] == ["03.txt"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "label", "draining", "expected"),
+    [
+        ([1, 2, 3, 6], None, [], 6),
+        ([1, 2, 4, 8], None, [], 4),
+        ([8], None, [], 0),
+        ([1, 2, 3, 6], None, ["b"], 3),
+        ([1, 2, 3, 4, 5, 6], {"work": "train"}, [], 5),
+        ([1, 2, 3, 4, 5, 6], {"work": "train"}, ["a"], 2),
+    ],
+)
+def test_workers_are_counted_where_they_have_a_place_and_divide_a_step(monkeypatch, allowed, label, draining, expected):
+    """Of 2 CPUs each. Ray reserves less of the nodes a and b than they have, and some of c, which has not the label."""
+    has = {"a": ("train", 6, True), "b": ("train", 4, True), "c": ("data", 9, True), "dead": ("train", 8, False)}
+    nodes = [
+        {"NodeID": name, "Labels": {"work": work}, "Resources": {"CPU": float(cpus)}, "Alive": alive}
+        for name, (work, cpus, alive) in has.items()
+    ]
+    monkeypatch.setattr(trainer.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(trainer.state, "get_draining_nodes", lambda: dict.fromkeys(draining, 0))
+    config = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2}, label_selector=label)
+    reserved = {"a": {"CPU": 4.0}, "b": {"CPU": 3.0}, "c": {"CPU": 6.0}}
+    assert trainer.DividingScalingPolicy(config, allowed)._count_possible_workers(reserved) == expected

@@ -96,3 +96,26 @@ def test_a_look_that_fails_is_made_up_for_by_the_next(looks, tmp_path, monkeypat
     (record,) = storage.read_jsonl(account.folder.usage)
     assert record["working_s"] == {"train": 8.0}
     assert account.cost_text() == ", 8.00 dollars; no node was trian; a part may be missing (the bucket is away)"
+
+
+def test_a_node_works_while_a_cpu_or_gpu_of_it_is_reserved(monkeypatch):
+    """Ray says what a node has left, of one with nothing left nothing. Dead nodes are none."""
+
+    def node(name: str, labels: dict, alive: bool = True, **resources: float) -> dict:
+        return {"NodeID": name, "Labels": labels, "Alive": alive, "Resources": resources}
+
+    train = {"work": "train"}
+    nodes = [
+        node("idle", train, CPU=8.0, GPU=1.0, memory=9.0), node("cpu", train, CPU=8.0, GPU=1.0),
+        node("gpu", train, CPU=8.0, GPU=1.0), node("full", {}, CPU=8.0), node("no_resources", {"work": "head"}),
+        node("dead", train, alive=False, CPU=8.0),
+    ]  # fmt: skip
+    free = {
+        "idle": {"CPU": 8.0, "GPU": 1.0, "memory": 1.0}, "cpu": {"CPU": 7.5, "GPU": 1.0},
+        "gpu": {"CPU": 8.0, "GPU": 0.5}, "full": {}, "dead": {"CPU": 8.0},
+    }  # fmt: skip
+    monkeypatch.setattr(usage.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(usage, "available_resources_per_node", lambda: free)
+    assert usage.nodes_at_work() == [
+        ("train", False), ("train", True), ("train", True), ("node", True), ("head", False)
+    ]  # fmt: skip

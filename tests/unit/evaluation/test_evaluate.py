@@ -82,6 +82,17 @@ def test_a_result_that_was_being_scored_again_is_not_complete(tmp_path, monkeypa
     assert scored_before(evaluator(tmp_path, tasks=("spelling", "arithmetic"), max_per_task=8)) is None
 
 
+@pytest.mark.parametrize("kind", ["core", "bits_per_byte"])
+def test_core_or_bits_per_byte_scored_again_in_another_way_replace_what_was_complete(tmp_path, monkeypatch, kind):
+    asked = {"tasks": (), kind: write_bundle(tmp_path / "bundle") if kind == "core" else True}
+    scores_of(tmp_path, monkeypatch, lambda item: [True] * item.count, **asked)
+    scores_of(tmp_path, monkeypatch, all_right, tasks=("spelling",), max_per_task=8)
+    assert scored_before(evaluator(tmp_path, **asked)) is not None, "another task's score changes nothing"
+    scores_of(tmp_path, monkeypatch, lambda item: [True] * item.count, dtype="float32", **asked)
+    assert scored_before(evaluator(tmp_path, **asked)) is None
+    assert scored_before(evaluator(tmp_path, dtype="float32", **asked)) is not None
+
+
 def test_what_was_asked_for_reaches_the_judge(tmp_path, monkeypatch):
     changes = {"samples": 2, "temperature": 0.5, "max_new_tokens": 7, "seed": 3, "batch_tokens": 5}
     one, asked = evaluator(tmp_path, **changes), []

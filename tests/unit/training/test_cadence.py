@@ -7,9 +7,11 @@ import worker_group
 from tiny_pretraining import Run, pretrain_as_worker, tiny_config
 
 from nanochat import storage
+from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
 from nanochat.training import cadence
 from nanochat.training.cadence import WARM_STEPS, Cadence, young_daly_s
+from nanochat.training.pretrain import Pretraining
 
 
 @pytest.fixture
@@ -110,3 +112,11 @@ def test_cadence_changes_no_number(new_run):
         losses[name] = [record["loss"] for record in records if "loss" in record]
     assert losses["told"] == losses["chosen"]
     assert len(losses["told"]) == 30
+
+
+@pytest.mark.parametrize(("workers", "of_a_node", "nodes"), [(1, 1, 1), (4, 4, 1), (8, 4, 2), (9, 4, 3)])
+def test_several_nodes_fail_that_much_sooner(new_run, monkeypatch, workers, of_a_node, nodes):
+    monkeypatch.setattr(Pretraining, "shared", lambda self, value: value)
+    config, run = tiny_config(node_failure_s=600.0), RunContext(world_size=workers, local_world_size=of_a_node)
+    one = Pretraining(config, run, new_run().inputs(config, rows_per_step=8))
+    assert one.cadence.failures_s == 600.0 / nodes

@@ -15,10 +15,13 @@ from nanochat.errors import ConfigError
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import MuonAdamW, StepSchedule, cut_into_pieces
 from nanochat.model.scaling import parameter_groups
+from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder
+from nanochat.training import learner
 from nanochat.training.hardware import Hardware
 from nanochat.training.memory import GIB, Memory, training_memory
 from nanochat.training.plan import MAX_MICRO_BATCH_TOKENS, learning_rates, micro_batch_rows, resolve_model
+from nanochat.training.pretrain import Pretraining
 
 GB = 10**9
 HALF, FULL = torch.bfloat16, torch.float32
@@ -213,3 +216,14 @@ def test_the_bound_is_what_one_recomputed_row_takes(new_run, free, tmp_path):
     free(least - 1)
     with pytest.raises(ConfigError, match="depth=3"):
         new_run("none")(tiny_config())
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 25), ("cuda", 50)])
+def test_a_worker_counts_on_its_share_of_the_memory(new_run, free, monkeypatch, device, share):
+    """Four workers on this machine; where they have GPUs, two on each."""
+    monkeypatch.setattr(learner, "choose_hardware", lambda config, run: Hardware(torch.device(device), HALF, ""))
+    monkeypatch.setattr(learner, "choose_flash", lambda device, dtype: "")
+    free(100 * GIB)
+    config, run = tiny_config(depth=100, n_embd=8192, head_dim=128), RunContext(local_world_size=4, gpu_share=0.5)
+    with pytest.raises(ConfigError, match=rf"the device has {share}\.00 GiB free for it"):
+        Pretraining(config, run, new_run().inputs(config, rows_per_step=8))

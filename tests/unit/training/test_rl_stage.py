@@ -15,9 +15,9 @@ from nanochat.inference.rollouts import Group, GroupSampler, Sample
 from nanochat.run_context import RunContext
 from nanochat.storage import StageFolder, read_jsonl
 from nanochat.tasks.task import ListedTask
-from nanochat.training.checkpoint import Checkpoint, step_folder
+from nanochat.training.checkpoint import Checkpoint, step_folder, steps_found
 from nanochat.training.policy_step import PolicyStep
-from nanochat.training.rl import RLInputs, improve, load_practice, resolve_rl, rollout_figures
+from nanochat.training.rl import PolicyTraining, RLInputs, improve, load_practice, resolve_rl, rollout_figures
 from nanochat.training.rollout_queue import Batch, LocalRollouts
 
 
@@ -42,7 +42,7 @@ def base(tmp_path_factory) -> Checkpoint:
     return prepare_base(tmp_path_factory.mktemp("rl"))
 
 
-def practise(base: Checkpoint, folder: Path, kind=Letters, **changes) -> Checkpoint | None:
+def practise(base: Checkpoint, folder: Path, kind=Letters, seconds_left=lambda: None, **changes) -> Checkpoint | None:
     fields = {
         "task": "gsm8k", "num_steps": 6, "groups_per_step": 4, "samples_per_group": 4, "max_new_tokens": 10,
         "max_staleness": 0, "tis_cap": None, "dtype": "float32", "checkpoint_every": 2, "evaluate_every": 2,
@@ -57,7 +57,7 @@ def practise(base: Checkpoint, folder: Path, kind=Letters, **changes) -> Checkpo
     )  # fmt: skip
     held_out = kind("letters", "val", conversations[30:])
     inputs = RLInputs(TOKENIZER, base, held_out, LocalRollouts(config, sampler), StageFolder(str(folder)))
-    return improve(config, RunContext(use_gpu=False), inputs)
+    return improve(config, RunContext(use_gpu=False, seconds_left=seconds_left), inputs)
 
 
 def records(folder: Path, name: str) -> list[dict]:
@@ -118,6 +118,13 @@ def test_a_stop_leaves_a_checkpoint_and_the_rest_follows(base, tmp_path, on_one_
     assert (tmp_path / "cut" / "checkpoints" / "step_000001").exists()
     assert practise(base, tmp_path / "cut") is not None
     assert_same_weights(tmp_path / "cut", tmp_path / "whole", 6)
+
+
+def test_a_node_that_will_be_taken_away_is_a_reason_to_save_twice(base, tmp_path, on_one_core):
+    """Once as soon as it is known, once shortly before."""
+    left = iter([None, 90.0, 60.0, 20.0])
+    assert practise(base, tmp_path, seconds_left=lambda: next(left, -5.0), checkpoint_every=0) is not None
+    assert steps_found(str(tmp_path / "checkpoints")) == [2, 4, 6]
 
 
 def test_what_is_written_down(base, tmp_path, on_one_core):
@@ -201,6 +208,13 @@ def test_the_penalty_holds_on_to_the_base(base, tmp_path, on_one_core):
     distances = [record["reference_kl"] for record in records(tmp_path, "reference_kl")]
     assert distances[0] == pytest.approx(0.0, abs=1e-9)
     assert distances[-1] > max(1e-5, distances[1])
+
+
+def test_the_model_that_the_penalty_holds_on_to_is_in_the_planned_memory(base, tmp_path, on_one_core):
+    inputs = RLInputs(TOKENIZER, base, Letters("letters", "val", []), None, StageFolder(str(tmp_path)))
+    configs = (RLConfig(max_new_tokens=10, dtype="float32", kl_beta=beta) for beta in (0.0, 0.01))
+    alone, held = (PolicyTraining(config, RunContext(use_gpu=False), inputs).memory.weights for config in configs)
+    assert held == 2 * alone
 
 
 def test_without_memory_the_next_start_takes_less_at_once(base, tmp_path, on_one_core, monkeypatch):

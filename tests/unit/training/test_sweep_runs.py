@@ -9,7 +9,8 @@ import pytest
 from tiny_pretraining import tiny_config
 
 from nanochat import storage
-from nanochat.cluster.sweep import _begin, _row, _Story, plan_sweep, train_run
+from nanochat.cluster import sweep
+from nanochat.cluster.sweep import _begin, _row, _Story, plan_sweep, run_sweep, train_run
 from nanochat.cluster.terminal import Terminal
 from nanochat.config.sweep import SweepConfig
 from nanochat.errors import ConfigError, DataError
@@ -183,3 +184,16 @@ def test_other_flags_or_other_data_are_refused_in_the_folder_of_a_run(plan):
     storage.write_json(run.folder.pretrain.config, stage)
     with pytest.raises(DataError, match=r"depth=2.*was made with other token shards"):
         plan("depth=2")
+
+
+def test_the_longest_runs_are_started_first_and_those_that_ended_not_at_all(plan, tmp_path, monkeypatch):
+    """Longest by FLOPs: fewer steps of a deeper model cost more."""
+    runs = plan("num_steps=4,5", "depth=1,6")
+    storage.write_json(plan("num_steps=4", "depth=1")[0].folder.outcome, {"state": "failed", "reason": "told so"})
+    started: list[str] = []
+    monkeypatch.setattr(sweep, "start_ray", lambda: None)
+    monkeypatch.setattr(sweep, "_tuner", lambda config, due, *_: started.extend(run.name for run in due))
+    monkeypatch.setattr(sweep, "fit_watched", lambda tuner, watch: None)
+    with pytest.raises(KeyboardInterrupt):  # as some are left to do
+        run_sweep(SweepConfig(run_dir=str(tmp_path / "sweep")), runs, Terminal(io.StringIO()))
+    assert started == ["num_steps=5,depth=6", "num_steps=4,depth=6", "num_steps=5,depth=1"]
