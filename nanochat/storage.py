@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import uuid
@@ -56,8 +57,9 @@ def is_local(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """Return a path that means the same in every process of this machine; a URI stays as it is."""
-    return filesystem(path)[1] if is_local(path) else path
+    """Return the one name of a path or URI, which means the same in every process of this machine."""
+    name = filesystem(path)[1] if is_local(path) else path.replace("s3a://", "s3://").replace("gcs://", "gs://")
+    return re.sub(r"(?<=[^:/])/+(?=/|$)", "", name)  # what ends a part twice, or the last one
 
 
 def exists(path: str) -> bool:
@@ -193,11 +195,8 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
 
 def sha256_file(path: str) -> str:
     """Return the SHA-256 of a file's bytes, hex."""
-    digest = hashlib.sha256()
     with open_read(path) as file:
-        while block := file.read(READ_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:

@@ -10,6 +10,7 @@ import textwrap
 import uuid
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from nanochat import storage
 from nanochat.errors import ConfigError, DataError
@@ -179,6 +180,20 @@ def test_a_local_run_folder_means_the_same_in_every_process(tmp_path, monkeypatc
     assert RunFolder("runs/x").ray_log == f"{tmp_path}/runs/x/ray.log"
     assert RunFolder("memory://runs/x").root == "memory://runs/x"
     assert storage.is_local(RunFolder("memory://runs/x").ray_log)
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        ("s3://b/runs/x/", "s3://b/runs/x"), ("s3://b//runs///x//", "s3://b/runs/x"), ("s3a://b/runs/x", "s3://b/runs/x"),
+        ("gcs://b/x/", "gs://b/x"), ("memory://runs//x/", "memory://runs/x"), ("hdfs:///runs/x", "hdfs:///runs/x"),
+        ("simplecache::s3a://b/x/", "simplecache::s3://b/x"), ("s3://b", "s3://b"), ("/runs//x/", "/runs/x"), ("/", "/"),
+    ],
+)  # fmt: skip
+def test_a_run_directory_has_one_name(name, one, monkeypatch):
+    if "://" in name:
+        monkeypatch.setattr(storage, "filesystem", lambda path: (MemoryFileSystem(), path))  # whatever is installed
+    assert storage.absolute(name) == storage.absolute(one) == RunFolder(name).root == one
 
 
 def test_a_run_directory_has_one_user_at_a_time(tmp_path):
