@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import fsspec
@@ -24,7 +25,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nanochat.errors import ConfigError, DamagedFileError, excerpt, refuse_credentials
 
-READ_BLOCK_BYTES = 1 << 20
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 
 
@@ -56,8 +56,20 @@ def is_local(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """Return a path that means the same in every process of this machine; a URI stays as it is."""
-    return filesystem(path)[1] if is_local(path) else path
+    """Return the one name of a path or URI, which means the same in every process of this machine."""
+    name = filesystem(path)[1] if is_local(path) else path.replace("s3a://", "s3://").replace("gcs://", "gs://")
+    return re.sub(r"(?<=[^:/])/+(?=/|$)", "", name)  # what ends a part twice, or the last one
+
+
+def own_folder() -> str:
+    """Return a folder of this user on this machine, closed to others, who could have put files into one in /tmp."""
+    folder = os.path.expanduser("~/.cache/nanochat")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o700)
+    except OSError as err:
+        raise ConfigError(f"HOME: must have room for {folder} ({excerpt(err)}). Set another HOME.") from err
+    return folder
 
 
 def exists(path: str) -> bool:
@@ -86,8 +98,7 @@ def list_names(folder: str) -> list[str]:
 def list_files(path: str) -> list[str]:
     """Return the sorted paths of all files below a folder, or of a file itself; none if it does not exist."""
     fs, inner = filesystem(path)
-    local = is_local(path)
-    return [name if local else fs.unstrip_protocol(name) for name in sorted(fs.find(inner))]
+    return sorted(fs.find(inner) if is_local(path) else map(fs.unstrip_protocol, fs.find(inner)))
 
 
 def make_folder(folder: str) -> None:
@@ -133,10 +144,9 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, inner)
-    except BaseException:
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
-        raise
 
 
 def write_json(path: str, value: Any) -> None:
@@ -193,11 +203,8 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
 
 def sha256_file(path: str) -> str:
     """Return the SHA-256 of a file's bytes, hex."""
-    digest = hashlib.sha256()
     with open_read(path) as file:
-        while block := file.read(READ_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
@@ -209,10 +216,8 @@ def free_bytes(path: str) -> int | None:
     """Return the free disk space where a local path lies or will lie; None for a URI."""
     if not is_local(path):
         return None
-    folder = os.path.abspath(filesystem(path)[1])
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free
+    place = Path(absolute(path))
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if os.path.exists(folder))).free
 
 
 @contextlib.contextmanager
@@ -306,15 +311,12 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run directory `runs/NAME`: one folder per stage, and the pages for the whole line.
-
-    A local path is made absolute: workers have working directories of their own.
-    """
+    """A run directory `runs/NAME`: one folder per stage, and the pages for the whole line."""
 
     root: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "root", absolute(self.root))
+        object.__setattr__(self, "root", absolute(self.root))  # workers have working directories of their own
 
     @property
     def text(self) -> str:
@@ -354,7 +356,7 @@ class RunFolder:
     @property
     def tasks(self) -> str:
         """Files of tasks that were downloaded: of a run directory behind a URI they lie on each machine itself."""
-        return join(self.root if is_local(self.root) else tempfile.gettempdir(), "tasks")
+        return join(self.root if is_local(self.root) else own_folder(), "tasks")
 
     @property
     def evaluation(self) -> StageFolder:
@@ -364,9 +366,7 @@ class RunFolder:
     @property
     def ray_log(self) -> str:
         """What Ray says to the driver: always a local file."""
-        if is_local(self.root):
-            return join(self.root, "ray.log")
-        return join(tempfile.gettempdir(), f"nanochat_{os.getpid()}_ray.log")
+        return join(self.root, "ray.log") if is_local(self.root) else join(own_folder(), f"{os.getpid()}_ray.log")
 
     @property
     def usage(self) -> str:

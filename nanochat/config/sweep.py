@@ -24,6 +24,7 @@ PRESETS = {
 }
 """Source of the second: nanochat runs/scaling_laws.sh@92d63d4."""
 BUDGETS = ("tokens", "flops", "training_s")
+MAX_NAME_CHARS = 200
 Overrides = dict[str, Any]
 
 
@@ -78,22 +79,30 @@ def expand(config: SweepConfig) -> dict[str, Overrides]:
     if len(names := {name for name, _ in own}) < len(own):
         raise ConfigError(f"grid={','.join(sorted(names))}: a name is there twice. Write all its values in one place.")
     axes = dict(_axis(text) for text in (PRESETS[config.preset] if config.preset else ())) | dict(own)
-    lines = [{}] if config.runs is None else _read_lines(config.runs)
+    lines = _read_lines(config.runs) if config.runs is not None else {0: {}} if axes else {}
     found: dict[str, Overrides] = {}
-    for line in lines:
+    names_of: dict[frozenset[tuple[str, Any]], str] = {}
+    for number, line in lines.items():
+        if not line and not axes:
+            raise ConfigError(f"runs={config.runs}: line {number} overrides nothing. Leave it out, or give a --grid.")
         if both := sorted(line.keys() & axes.keys()):
             raise ConfigError(f"grid={both[0]}: is given in {config.runs}, too. Leave one of them out.")
         for values in itertools.product(*axes.values()):
             overrides = line | dict(zip(axes, values, strict=True))
-            name = ",".join(f"{field}={_shown(value)}" for field, value in overrides.items())
-            if name in found:
-                raise ConfigError(f"run={name}: is there twice. Leave one of them out.")
+            name = ",".join(f"{field}={exact(value)}" for field, value in overrides.items())
+            _check(name, overrides)
+            before = names_of.setdefault(frozenset(overrides.items()), name)
+            if before != name or name in found:
+                raise ConfigError(f"run={name}: is there twice, before as {before}. Leave one of them out.")
             found[name] = overrides
-    if "" in found or not found:
+    if not found:
         raise ConfigError("grid=(): a sweep needs runs. Give --preset, --grid NAME=VALUE,VALUE or --runs FILE.")
-    for name, overrides in found.items():
-        _check(name, overrides)
     return found
+
+
+def exact(value: object) -> str:
+    """Return a value's text, of a float the shorter one of two that give it back."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def overridden(name: str, config: PretrainConfig, overrides: Mapping[str, Any]) -> PretrainConfig:
@@ -117,26 +126,40 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 
 
 def _value(text: str) -> Any:
-    """Return what JSON reads, else the text itself: L needs no quotes on a command line."""
+    """Return the single value that JSON reads, else the text itself: L needs no quotes on a command line."""
+    found = _read(text)
+    return text if isinstance(found, list | dict) else found
+
+
+def _read(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _read_lines(path: str) -> list[Overrides]:
+def _read_lines(path: str) -> dict[int, Overrides]:
+    """Return what the lines of a file override, by their numbers."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"runs={path}: cannot be read ({excerpt(err)}). Name a file of JSON lines.") from err
-    found = [_value(line) for line in lines]
-    for line, overrides in zip(lines, found, strict=True):
-        if not isinstance(overrides, dict):
-            raise ConfigError(f'runs={path}: {excerpt(line)} is no JSON object. Write {{"depth": 4}}.')
+    found = {number: _read(line) for number, line in enumerate(lines, start=1) if line.strip()}
+    for number, overrides in found.items():
+        if not isinstance(overrides, dict) or any(isinstance(value, list | dict) for value in overrides.values()):
+            raise ConfigError(
+                f"runs={path}: line {number} is no JSON object of single values ({excerpt(lines[number - 1])}). "
+                'Write {"depth": 4}.'
+            )
     return found
 
 
 def _check(name: str, overrides: Overrides) -> None:
+    if len(name) > MAX_NAME_CHARS:
+        raise ConfigError(
+            f"run={excerpt(name)}: must have a name of at most {MAX_NAME_CHARS} characters, that of its folder. "
+            "Give what all runs share as flags."
+        )
     hints = typing.get_type_hints(PretrainConfig) | dict.fromkeys(BUDGETS, float)
     budgets = [field for field in overrides if field in BUDGETS]
     if len(budgets) > 1:
@@ -157,7 +180,3 @@ def _is_a(hint: Any, value: object) -> bool:
     if origin in (types.UnionType, typing.Union):
         return any(_is_a(one, value) for one in typing.get_args(hint))
     return type(value) in ((int, float) if hint is float else (hint,))
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

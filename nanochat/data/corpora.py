@@ -185,7 +185,7 @@ def fetch_shard(
             download(f"{base_url}/{name}", local, ends_with=PARQUET_MAGIC, retry=retry)
             check_shard(local, text_column)
             with open(local, "rb") as source, storage.atomic_write(path) as target:
-                shutil.copyfileobj(source, target, storage.READ_BLOCK_BYTES)
+                shutil.copyfileobj(source, target)
     return path, storage.size_bytes(path)
 
 

@@ -11,6 +11,7 @@ at 330 M and 4 bytes, zstd at 110 M and 1.4 bytes.
 Not covered: the order in which rows are trained on (row_order.py).
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -199,6 +200,9 @@ class TokenShards:
         try:
             recipe = PackRecipe(**manifest["recipe"])
             shards = tuple(TokenShard(**shard) for shard in manifest["shards"])
+            for shard in shards:
+                if shard.split not in SPLITS or not re.fullmatch(rf"{shard.split}/[^/]{{1,1000}}\.parquet", shard.name):
+                    raise _damaged(folder, MANIFEST, f"{excerpt(shard.name)} is not SPLIT/NAME.parquet")
         except (KeyError, TypeError) as err:
             raise _damaged(folder, MANIFEST, excerpt(err)) from err
         return cls(folder=folder, recipe=recipe, shards=shards, manifest_hash=manifest["hash"])

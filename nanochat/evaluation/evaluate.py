@@ -27,9 +27,10 @@ from nanochat.evaluation.scoring import GPTScorer, Scorer
 from nanochat.evaluation.statistics import centered, mean_of_centered, pass_at_k, standard_error
 from nanochat.inference.load import load_model
 from nanochat.model.gpt import GPT
+from nanochat.provenance import file_identity
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
-from nanochat.tasks.registry import UNSCORED, load_named
+from nanochat.tasks.registry import UNSCORED, files_of, load_named
 from nanochat.tasks.task import Task
 from nanochat.training.checkpoint import Checkpoint
 from nanochat.training.hardware import choose_hardware
@@ -204,18 +205,18 @@ def evaluate(evaluator: Evaluator, run: RunContext) -> dict[str, dict[str, Any]]
 
 
 def scored_before(evaluator: Evaluator) -> dict[str, dict[str, Any]] | None:
-    """Return each model's results if all that is asked for was scored before, of these weights; else None.
+    """Return each model's results if all that is asked for was scored before, of these weights and files; else None.
 
     Raises: DamagedFileError as `evaluate`.
     """
-    found = {}
+    found, asked = {}, _asked(evaluator.config)
     for name, model in evaluator.models.items():
         path = scores_path(evaluator.folder, name)
         if model.checkpoint is None or not storage.exists(path):
             return None
         found[name] = read_scores(path)
         same = found[name]["weights"] == Checkpoint(model.checkpoint).weights_sha256
-        if not same or _asked(evaluator.config) not in found[name].get("complete", []):
+        if not same or asked not in found[name].get("complete", []):
             return None
     return found
 
@@ -227,9 +228,11 @@ def _overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _asked(config: EvaluationConfig) -> dict[str, Any]:
-    """Return what a config asks for, as JSON has it, without who does it."""
+    """Return what a config asks for, as JSON has it, without who does it, and what is in the files that it names."""
     asked = asdict(replace(config, models=(), actors=None, batch_tokens=None, task_mirror=None))
-    return asked | {"tasks": list(config.tasks), "models": []}
+    files = [file for text in config.tasks for file in files_of(text)]
+    files += [file for path in (config.identity, config.core) if path is not None for file in storage.list_files(path)]
+    return asked | {"tasks": list(config.tasks), "models": []} | file_identity(files)
 
 
 def _keep(evaluator: Evaluator, before: dict[str, Any], item: Item, found: dict[str, list[Any]]) -> dict[str, Any]:

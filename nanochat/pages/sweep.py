@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nanochat import storage
+from nanochat.config.sweep import exact
 from nanochat.pages.charts import Point, Series, line_chart, short_number
 from nanochat.pages.page import duration, write_page
 from nanochat.storage import RunFolder
@@ -52,7 +53,8 @@ def curves(rows: list[Row]) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {}
     for row in sorted(rows, key=lambda row: row["parameters"]):
         if row["val_bpb"] is not None:
-            name = " ".join(f"{key}={_text(value)}" for key, value in row["overrides"].items() if key not in SHAPE)
+            shared = sorted(row["overrides"].keys() - set(SHAPE))
+            name = " ".join(f"{key}={exact(row['overrides'][key])}" for key in shared)
             found.setdefault(name, []).append((row["parameters"], row["val_bpb"]))
     return found
 
@@ -95,13 +97,9 @@ def picture(rows: list[Row]) -> str:
     return line_chart("Validation bits per byte over parameters", series, log_x=True, over="parameters")
 
 
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _shown(row: Row) -> dict[str, str]:
     """Return a row for people; the last one is how it ended."""
-    forms = {"parameters": short_number, "trained_tokens": short_number, "trained_flops": _text,
+    forms = {"parameters": short_number, "trained_tokens": short_number, "trained_flops": "{:.4g}".format,
              "val_bpb": "{:.4f}".format, "trained_s": duration}  # fmt: skip
     heads = ("parameters", "tokens", "FLOPs", "val bpb", "training")
     shown = {

@@ -3,6 +3,7 @@
 import inspect
 import pickle
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,22 @@ def test_passwords_in_addresses_are_shown_to_nobody(address, shown):
     "address",
     [
         "https://example.org/a@b", "http://localhost:9000/data/a@1.parquet", "abfs://container@account/x", "runs/a:b@c",
-        "hf://datasets/user/repo@main/x", "s3://bucket/a:b@c", "mail me@example.org: now", "http://[::1]:80/a", "",
+        "hf://datasets/user/repo@main/x", "github://org:repo@main/x", "ftp://me@example.org/x",
+        "s3://bucket/a:b@c", "mail me@example.org: now", "http://[::1]:80/a", "",
     ],
 )  # fmt: skip
 def test_addresses_without_passwords_stay_as_they_are(address):
     assert errors.without_credentials(address) == address
     errors.refuse_credentials(address=address)
+
+
+@pytest.mark.parametrize(
+    "repeated", ["a://", "a://b:", "http://", "http://a:", "a:1", "a:1/?#", "a'", "1", "a@", "@://a:"]
+)
+@pytest.mark.parametrize(
+    "around", ["{}", "s3://{}", "http://{}", "s3://a:{}'@", "@{}://a:", "s3://a:{} ", "s3://a:1{}"]
+)
+def test_a_long_text_takes_no_long_time(repeated, around):
+    start_s = time.process_time()
+    errors.without_credentials(around.format(repeated * (80_000 // len(repeated))))
+    assert time.process_time() - start_s < 1, "0.05 s is usual"

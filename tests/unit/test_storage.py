@@ -10,6 +10,7 @@ import textwrap
 import uuid
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from nanochat import storage
 from nanochat.errors import ConfigError, DataError
@@ -143,10 +144,9 @@ def test_folders_are_listed_and_removed(root):
 
 
 def test_checksums_are_sha256_of_bytes_and_of_canonical_json(root):
-    content = bytes(range(256)) * 10_000  # more than one block
+    content = bytes(range(256)) * 10_000  # more than are read at once
     path = storage.join(root, "x.bin")
     put(path, content)
-    assert len(content) > 2 * storage.READ_BLOCK_BYTES
     assert storage.sha256_file(path) == hashlib.sha256(content).hexdigest()
     assert storage.sha256_json({"b": 1, "a": [2]}) == hashlib.sha256(b'{"a":[2],"b":1}').hexdigest()
     assert storage.sha256_json({"a": [2], "b": 1}) == storage.sha256_json({"b": 1, "a": [2]})
@@ -178,7 +178,38 @@ def test_a_local_run_folder_means_the_same_in_every_process(tmp_path, monkeypatc
     assert RunFolder("runs/x").pretrain.root == f"{tmp_path}/runs/x/pretrain"
     assert RunFolder("runs/x").ray_log == f"{tmp_path}/runs/x/ray.log"
     assert RunFolder("memory://runs/x").root == "memory://runs/x"
-    assert storage.is_local(RunFolder("memory://runs/x").ray_log)
+
+
+def test_local_files_of_a_remote_run_lie_in_a_folder_of_this_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = tmp_path / ".cache" / "nanochat"
+    own.mkdir(parents=True, mode=0o755)
+    assert RunFolder("runs/x").tasks.endswith("/runs/x/tasks")
+    assert own.stat().st_mode & 0o777 == 0o755
+    assert RunFolder("memory://runs/x").tasks == f"{own}/tasks"
+    assert RunFolder("memory://runs/x").ray_log == f"{own}/{os.getpid()}_ray.log"
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(ConfigError, match=rf"^HOME: must have room for {tmp_path}/home/\.cache/nanochat \(.*"):
+        _ = RunFolder("memory://runs/x").ray_log
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        ("s3://b/runs/x/", "s3://b/runs/x"), ("s3://b//r///x//", "s3://b/r/x"), ("s3a://b/runs/x", "s3://b/runs/x"),
+        ("gcs://b/x/", "gs://b/x"), ("memory://runs//x/", "memory://runs/x"), ("hdfs:///runs/x", "hdfs:///runs/x"),
+        ("simplecache::s3a://b/x/", "simplecache::s3://b/x"), ("s3://b", "s3://b"), ("/r//x/", "/r/x"), ("/", "/"),
+    ],
+)  # fmt: skip
+def test_a_run_directory_has_one_name(name, one, monkeypatch):
+    if "://" in name:
+        monkeypatch.setattr(storage, "filesystem", lambda path: (MemoryFileSystem(), path))  # whatever is installed
+    assert storage.absolute(name) == storage.absolute(one) == RunFolder(name).root == one
 
 
 def test_a_run_directory_has_one_user_at_a_time(tmp_path):

@@ -1,6 +1,8 @@
 """deploy/slurm.sbatch as far as no Slurm is needed; tests/chaos/test_slurm.py runs it."""
 
+import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -73,3 +75,56 @@ def test_what_is_wrong_with_it_is_found(old, new, message):
 def test_without_a_command_it_says_how_it_is_used():
     done = subprocess.run(["bash", "-s"], input=FILE, text=True, capture_output=True)
     assert (done.returncode, done.stderr) == (2, "usage: sbatch [--nodes=N] slurm.sbatch COMMAND ...\n")
+
+
+LONGEST_SOCKET = "ray/session_2026-11-27_17-51-40_123456_1234567/sockets/dash_TaskEventsHead"
+"""Below RAY_TMPDIR, with room; a socket's whole path has at most 107 bytes. Source: unix(7), Ray 2.60's sockets."""
+COMMANDS = {
+    "hostname": "echo 10.0.0.1",
+    "scontrol": 'echo "scontrol $*" >>"$CALLS"',
+    "ray": '[ "$1" = symmetric-run ] || exit 0; while [ "$1" != -- ]; do shift; done; shift; "$@"',
+    "srun": """while [ "${1#--}" != "$1" ]; do shift; done
+        if [ "$1" = rm ]; then echo "$*" >>"$CALLS"; exit 1; fi
+        echo "in $RAY_TMPDIR" >>"$CALLS"; SLURM_NODEID=0 "$@" """,
+}
+"""In the place of a cluster's, for one node; `srun rm` fails, as where a node is gone."""
+
+
+def batch(tmp_path: Path, command: str, local: Path) -> tuple[int, list[str]]:
+    """Run the batch script, whose process is $BATCH, on one node; returns its exit code and what was called."""
+    (tmp_path / "bin").mkdir()
+    for name, text in COMMANDS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    local.mkdir(parents=True, exist_ok=True)
+    job = {"SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "CALLS": f"{tmp_path}/calls"}
+    place = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": str(local), "HOME": str(tmp_path)}
+    run = f"export BATCH=$$; set -- bash -c {shlex.quote(command)}\n{FILE}"
+    done = subprocess.run(["bash", "-c", run], env=place | job, cwd=tmp_path, capture_output=True, timeout=60)
+    return done.returncode, (tmp_path / "calls").read_text().splitlines()
+
+
+def test_what_ray_wrote_is_removed_from_every_node(tmp_path):
+    code, calls = batch(tmp_path, "mkdir $RAY_TMPDIR/ray; exit 3", tmp_path / ("x" * 40))
+    folder = calls[0].removeprefix("in ")
+    assert (code, calls[1:]) == (3, [f"rm -rf {folder}"])
+    assert not os.path.exists(folder)
+    assert len(f"{folder}/{LONGEST_SOCKET}") <= 107, folder
+
+
+def test_a_short_local_disk_is_used(tmp_path):
+    local = Path("/tmp") / f"nc{os.getpid()}"
+    try:
+        _, calls = batch(tmp_path, "true", local)
+    finally:
+        local.rmdir()
+    assert calls[0].startswith(f"in {local}/ray-")
+
+
+def test_it_is_removed_before_the_job_is_queued_again(tmp_path):
+    ready = "until [ -s $RAY_TMPDIR/driver ]; do sleep 0.05; done"
+    command = f"trap 'exit 130' TERM; {ready}; kill -TERM $BATCH; for _ in {{1..200}}; do sleep 0.1; done"
+    code, calls = batch(tmp_path, command, tmp_path)
+    assert code == 130
+    assert calls[1].startswith("rm -rf ")
+    assert calls[2:] == ["scontrol requeue 7"]

@@ -63,6 +63,43 @@ def test_a_file_is_lines_of_objects(tmp_path, text):
         expand(SweepConfig(runs=str(path)))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}", "runs=PATH: line 3 overrides nothing. Leave it out, or give a --grid"),
+        ('{"seed": ' + "[" * 100_000, "runs=PATH: line 3 is no JSON object of single values"),
+        ('{"seed": ' + "[" * 900 + "]" * 900 + "}", "runs=PATH: line 3 is no JSON object of single values"),
+        ('{"seed": {"a": 1}}', "runs=PATH: line 3 is no JSON object of single values"),
+        ("7", "runs=PATH: line 3 is no JSON object of single values"),
+        ('{"seed": 1, "depth": 2}', "run=seed=1,depth=2: is there twice, before as depth=2,seed=1. Leave one of them"),
+        ('{"depth": 2, "flops": 1000000, "seed": 2}', "is there twice, before as seed=2,depth=2,flops=1e+06"),
+        ('{"window_pattern": "' + "L" * 300 + '"}', "must have a name of at most 200 characters"),
+    ],
+)  # fmt: skip
+def test_a_line_that_cannot_be_is_named(tmp_path, line, message):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"depth": 2, "seed": 1}\n\n' + line + "\n")
+    if "flops" in line:
+        path.write_text('{"seed": 2, "depth": 2, "flops": 1e6}\n\n' + line)
+    with pytest.raises(ConfigError) as caught:
+        expand(SweepConfig(runs=str(path)))
+    assert message.replace("PATH", str(path)) in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_line_without_overrides_is_the_grid_alone(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{}\n{"smear": true}')
+    assert list(expand(SweepConfig(runs=str(path), grid=("depth=2",)))) == ["depth=2", "smear=True,depth=2"]
+
+
+def test_names_tell_values_apart_however_close_and_are_short_where_they_can_be():
+    runs = expand(SweepConfig(grid=("matrix_lr=0.1234567,0.1234568,0.123457,0.5,1e30,1.0",)))
+    assert list(runs) == [f"matrix_lr={value}" for value in ("0.1234567", "0.1234568", "0.123457", "0.5", "1e+30", "1")]
+    with pytest.raises(ConfigError, match="run=matrix_lr=1: is there twice"):
+        expand(SweepConfig(grid=("matrix_lr=1,1.0",)))
+
+
 def test_a_name_is_in_the_file_or_in_the_grid(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"depth": 2}')

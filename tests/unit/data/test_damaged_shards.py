@@ -151,3 +151,19 @@ def test_a_manifest_of_other_fields_is_refused(shards, content):
         TokenShards.load(shards.folder)
     assert len(str(raised.value)) < 500
     assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../x.parquet", "train/../x.parquet", "train/x.json", "train/.parquet", "validation/x.parquet", "/x.parquet",
+     "s3://bucket/x.parquet", "train/" + "x" * 2000 + ".parquet", "train/" + "a://b:" * 20_000 + ".parquet", 7, None],
+)  # fmt: skip
+def test_a_shard_of_a_manifest_lies_in_its_folder(shards, name):
+    path = Path(shards.folder) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["name"] = name
+    content = {key: manifest[key] for key in ("version", "recipe", "shards")}
+    path.write_text(json.dumps(manifest | {"hash": storage.sha256_json(content)}))
+    with pytest.raises(DataError, match=r"manifest\.json: is damaged \(.*") as raised:
+        TokenShards.load(shards.folder)
+    assert len(str(raised.value)) < 500

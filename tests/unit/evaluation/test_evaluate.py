@@ -69,6 +69,23 @@ def test_what_was_scored_before_is_known_by_weights_and_all_that_was_asked(tmp_p
     assert scored_before(evaluator(tmp_path, **asked)) is None, "one of its scores is of fewer problems now"
 
 
+@pytest.mark.parametrize("kind", ["task", "identity", "core"])
+def test_what_was_scored_before_is_known_by_the_content_of_files(tmp_path, monkeypatch, kind):
+    file = tmp_path / "character.toml"
+    file.write_text('name = "Ada"\nmaker = "us"\n')
+    asked = {"task": {"tasks": (f"identity={file}",)}, "identity": {"tasks": ("identity",), "identity": str(file)}}
+    if kind == "core":
+        bundle = write_bundle(tmp_path / "bundle")
+        file, asked["core"] = tmp_path / "bundle/eval_data/b/counting.jsonl", {"tasks": (), "core": bundle}
+    asked = asked[kind] | {"max_per_task": 2}
+    scores_of(tmp_path, monkeypatch, lambda item: all_right(item) if item.kind == "chat" else [True] * 2, **asked)
+    assert scored_before(evaluator(tmp_path, **asked)) is not None
+    file.write_text(file.read_text() + "\n")
+    assert scored_before(evaluator(tmp_path, **asked)) is None
+    file.unlink()
+    assert scored_before(evaluator(tmp_path, **asked)) is None, "whoever reads it says that it is not there"
+
+
 def test_a_result_that_was_being_scored_again_is_not_complete(tmp_path, monkeypatch):
     scores_of(tmp_path, monkeypatch, all_right, tasks=("spelling", "arithmetic"), max_per_task=8)
 

@@ -37,6 +37,18 @@ def test_curves_are_of_one_budget_each_in_the_order_of_size():
     }  # fmt: skip
 
 
+def test_curves_are_told_apart_by_every_digit_and_not_by_the_order_of_names():
+    overrides = [
+        {"matrix_lr": 0.01234, "seed": 1}, {"matrix_lr": 0.012341, "seed": 1}, {"seed": 1, "matrix_lr": 0.01234},
+        {"seed": 1, "matrix_lr": 0.01234567},
+    ]  # fmt: skip
+    rows = [row(1e15, 10**6 * place, 3e6, overrides=one) for place, one in enumerate(overrides, start=1)]
+    assert {name: [size for size, _ in points] for name, points in curves(rows).items()} == {
+        "matrix_lr=0.01234 seed=1": [1e6, 3e6], "matrix_lr=0.012341 seed=1": [2e6],
+        "matrix_lr=0.01234567 seed=1": [4e6],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "best"), [("flops=1e+15", 3e6), ("flops=4e+15", 8e6)])
 def test_the_minimum_of_a_parabola_over_log_parameters_is_found(name, best):
     size, lowest = minimum(curves(ROWS)[name])
