@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -108,9 +109,10 @@ def slurmd(folder: str, node: str) -> None:
 def run(connection: Connection) -> None:
     """Run one command to its end, passing signals on; it is killed if whoever sent it is gone."""
     command, environment, cwd = connection.recv()
+    step = uuid.uuid4().hex
     with open(f"{cwd}/log", "ab") as file:
         process = subprocess.Popen(
-            command, env=environment, cwd=cwd, stdout=file, stderr=file, stdin=subprocess.DEVNULL
+            command, env=environment | {"STUB_STEP": step}, cwd=cwd, stdout=file, stderr=file, stdin=subprocess.DEVNULL
         )
     while process.poll() is None:
         try:
@@ -119,7 +121,22 @@ def run(connection: Connection) -> None:
         except EOFError:
             process.kill()
             return
+    while left := processes_of(step):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
     connection.send(process.returncode if process.returncode >= 0 else 128 - process.returncode)
+
+
+def processes_of(step: str) -> list[int]:
+    """Return what is left of a step on this node, Ray's daemons included: Slurm's cgroups end all of it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"STUB_STEP={step}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def srun(*arguments: str) -> int:
