@@ -51,11 +51,26 @@ def calm(small, tmp_path_factory) -> dict[int, float]:
     return losses(run / "pretrain")
 
 
+_jobs: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_stays():
+    """What a test that failed has left running would disturb the next one."""
+    yield
+    while _jobs:
+        job = _jobs.pop()
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+
 def started(run: Path, until_step: int, **options) -> subprocess.Popen:
     """Start pretraining in a process group of its own, and return when it has done so many steps."""
     job = subprocess.Popen(
         command(run), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
     )  # fmt: skip
+    _jobs.append(job)
     deadline = time.monotonic() + 120
     while last_step(run / "pretrain") < until_step:
         assert job.poll() is None, job.communicate()[1]
