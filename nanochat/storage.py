@@ -47,7 +47,8 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as err:
-        raise ConfigError(f"path={path}: its scheme has no reader here ({err}). Install that package.") from err
+        remedy = "For s3://: pip install -c constraints.txt -e '.[cloud]'"
+        raise ConfigError(f"path={path}: its scheme has no reader here ({err}). {remedy}") from err
 
 
 def is_local(path: str) -> bool:

@@ -277,6 +277,7 @@ def watched(
 ) -> tuple[Checkpoint, "_MetricsView"]:
     """Train while the terminal follows; Ctrl-C stops with a checkpoint, which raises KeyboardInterrupt here.
 
+    So it does where it came too late to stop before the end: what would come next is not begun.
     Nothing is started if the last checkpoint is whole and scored, and its state says that it was `made_from` the same.
     """
     view = _MetricsView(folder, num_steps, terminal, score, line)
@@ -287,15 +288,20 @@ def watched(
             view.update(at_once=True)
             return checkpoint, view
 
+    is_asked = False
+
     def stop() -> None:
+        nonlocal is_asked
+        is_asked = True
         terminal.line("stopping after this step, with a checkpoint; press Ctrl-C again to leave at once")
         with storage.atomic_write(folder.stop) as file:
             file.write(b"stop\n")
 
+    terminal.live("starting workers")
     with on_interrupt(stop):
         checkpoint = train(view.update)
     view.update(at_once=True)
-    if checkpoint is None:
+    if checkpoint is None or is_asked:
         terminal.line("stopped; run the same command to go on")
         raise KeyboardInterrupt
     return checkpoint, view
@@ -334,7 +340,7 @@ class _MetricsView:
         size = storage.size_bytes(self.folder.metrics) if storage.exists(self.folder.metrics) else 0
         if size == self._seen and not at_once:
             if any("starts at step" in note for note in new) and self.of_score == "val_bpb":
-                self.terminal.live("           first step; where kernels are compiled, about a minute the first time")
+                self.terminal.live("           validation, then steps; where kernels are compiled, about a minute once")
             return
         self._seen = size
         records = storage.read_jsonl(self.folder.metrics)

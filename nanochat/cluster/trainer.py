@@ -254,6 +254,7 @@ def run_on_ray(job: TrainJob, num_steps: int, cluster: ClusterConfig, watch: Cal
     try:
         fit_watched(_trainer(job, cluster), watch)
     finally:
+        storage.remove(job.folder.stop)
         storage.remove(_ray_storage(job.folder))
     last = step_folder(job.folder.checkpoints, num_steps)
     return Checkpoint(last) if problem_with(last, verify=False) is None else None

@@ -55,23 +55,20 @@ class Usage:
                 if lap.elapsed_s >= LINE_S or (is_over and lap.elapsed_s):
                     self._keep(lap.as_json(stage, self.prices))
                     lap = _Lap()
-            except (
-                OSError,
-                RuntimeError,
-                ray.exceptions.RayError,
-            ) as err:  # no reason to end: the next look makes it up
+            except (OSError, RuntimeError, ray.exceptions.RayError) as err:  # the next look makes it up
                 self.missed = excerpt(err)
 
     def _keep(self, record: dict) -> None:
         storage.append_jsonl(self.folder.usage, record)
-        self.cost += record["cost"]
+        self.cost += record["cost"] or 0.0
         self.kinds |= record["working_s"].keys() | record["idle_s"].keys()
 
     def cost_text(self) -> str:
         """Return what it has cost, for the end of a line, and what is wrong with that."""
         if not self.prices:
             return ""
-        text = f", {self.cost:.2f} dollars"
+        unpriced = sorted(self.kinds - self.prices.keys())
+        text = f", no --price for {' and '.join(unpriced)}" if unpriced else f", {self.cost:.2f} dollars"
         if unseen := sorted(self.prices.keys() - self.kinds):
             text += f"; no node was {' or '.join(unseen)}"
         return text if self.missed is None else f"{text}; a part may be missing ({self.missed})"
@@ -93,12 +90,14 @@ class _Lap:
             account[kind] = account.get(kind, 0.0) + seconds
 
     def as_json(self, stage: str, prices: dict[str, float]) -> dict:
-        """Return the record; a node costs its price whether it works or not."""
+        """Return the record; a node costs its price whether it works or not, and None where one's is not known."""
         there = {kind: self.working_s.get(kind, 0.0) + self.idle_s.get(kind, 0.0) for kind in
                  self.working_s | self.idle_s}  # fmt: skip
+        is_known = there.keys() <= prices.keys()
         return {
             "stage": stage, "elapsed_s": self.elapsed_s, "waiting_s": self.waiting_s, "working_s": self.working_s,
-            "idle_s": self.idle_s, "cost": sum(prices.get(kind, 0.0) * s / 3600 for kind, s in there.items()),
+            "idle_s": self.idle_s,
+            "cost": sum(prices[kind] * s / 3600 for kind, s in there.items()) if is_known else None,
         }  # fmt: skip
 
 

@@ -65,13 +65,17 @@ def write_report(run_dir: str) -> str:
 
 
 def usage_rows(records: list[Record]) -> list[Record]:
-    """Return what each stage took of the cluster, summed up, then a row for all; none without an account."""
+    """Return what each stage took of the cluster, summed up, then a row for all; none without an account.
+
+    What a stage cost is None if a part of it ran on nodes without a price.
+    """
     sums: dict[str, Record] = {}
     for record in records:
         for stage in (record["stage"], "all"):
             row = sums.setdefault(stage, {"stage": stage} | dict.fromkeys(USAGE, 0.0))
-            for name in ("elapsed_s", "waiting_s", "cost"):
+            for name in ("elapsed_s", "waiting_s"):
                 row[name] += record[name]
+            row["cost"] = None if None in (row["cost"], record["cost"]) else row["cost"] + record["cost"]
             for name in ("working_s", "idle_s"):
                 row[name] += sum(record[name].values())
     rows = list(sums.values())

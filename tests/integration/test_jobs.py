@@ -1,6 +1,8 @@
 """The stages as jobs, without a Ray: what a person sees of them, what a second command keeps, the summary."""
 
 import json
+import os
+import signal
 import uuid
 
 import pytest
@@ -280,7 +282,24 @@ def test_what_is_done_is_not_started_again(tmp_path, scored_step, is_whole, stag
     assert bool(started) is is_started
     assert checkpoint.folder.endswith("step_000004")
     assert view.scored["val_bpb"] == 2.5
-    assert screen.shown == [("live", progress_line(record(3), 4, {"val_bpb": 2.5}))]
+    shown = [("live", progress_line(record(3), 4, {"val_bpb": 2.5}))]
+    assert screen.shown == [("live", "starting workers")] * is_started + shown
+
+
+def test_a_ctrl_c_that_comes_in_the_last_step_stops_what_would_come_next(tmp_path):
+    """The stage is done then; the line's next one was not wanted."""
+    folder, screen = StageFolder(str(tmp_path)), Screen()
+
+    def train(watch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return Checkpoint(f"{tmp_path}/checkpoints/step_000004")
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.watched(folder, 4, screen, train, {})
+    assert screen.shown[1:] == [
+        ("line", "stopping after this step, with a checkpoint; press Ctrl-C again to leave at once"),
+        ("line", "stopped; run the same command to go on"),
+    ]
 
 
 def test_the_tokenizer_of_a_model_from_elsewhere_is_its_own_runs(tmp_path):

@@ -72,6 +72,16 @@ def test_a_stage_that_needs_no_ray_takes_nothing(looks, tmp_path):
     assert account.cost_text() == ""
 
 
+def test_what_has_no_price_has_no_cost(looks, tmp_path):
+    looks += [[("train", True), ("node", True)]] * 30
+    account = Usage(RunFolder(str(tmp_path)), {"train": 60.0, "gpu": 3.0})
+    with account.of("pretrain"):
+        pass
+    (record,) = storage.read_jsonl(account.folder.usage)
+    assert record["cost"] is None
+    assert account.cost_text() == ", no --price for node; no node was gpu"
+
+
 def test_a_look_that_fails_is_made_up_for_by_the_next(looks, tmp_path, monkeypatch):
     """Three looks, the second of which finds no nodes; the third one's account cannot be written at first."""
     looks += [[("train", True)], [], [("train", True)], [("train", True)]]

@@ -222,6 +222,8 @@ def test_what_a_stage_took_is_summed_over_restarts_and_kinds_of_nodes(tiny_run, 
         5,
     )
     assert (every["stage"], every["elapsed_s"], every["cost"]) == ("all", 180, 6)
+    unpriced = usage_rows([*records, {"stage": "pretrain"} | lap | {"cost": None}])
+    assert [row["cost"] for row in unpriced] == [1.0, None, None]
     assert usage_rows([]) == []
     run_dir = tmp_path / "run"
     shutil.copytree(tiny_run, run_dir)
