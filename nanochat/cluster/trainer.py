@@ -7,6 +7,7 @@ cause (RuntimeError, OSError). Everything else is the code's or the input's and 
 import contextlib
 import os
 import platform
+import re
 import threading
 import time
 import traceback
@@ -87,11 +88,19 @@ class OnFailure(UserCallback):
         """Raise the first exception that is not of a retried kind."""
         causes = {rank: first_cause(worker_exceptions[rank]) for rank in sorted(worker_exceptions)}
         for rank, cause in causes.items():
-            reason = (str(cause).strip().splitlines() or [""])[0][:200]
-            self.folder.note(f"worker {rank} failed: {type(cause).__name__}: {reason}")
+            self.folder.note(f"worker {rank} failed: {_reason(cause)}")
         for cause in causes.values():
             if not is_retried(cause):
                 raise cause
+
+
+def _reason(cause: BaseException) -> str:
+    """Return in one line what an exception says, and of a process that is gone which one it was."""
+    message = str(cause).strip()
+    gone = re.search(r"^\s*pid: (\d+)$.*^\s*ip: (\S+)$", message, re.MULTILINE | re.DOTALL)
+    if isinstance(cause, ray.exceptions.ActorDiedError) and gone:
+        return f"its process {gone[1]} on {gone[2]} is gone: killed, out of memory or crashed"
+    return f"{type(cause).__name__}: {(message.splitlines() or [''])[0][:200]}"
 
 
 class DividingScalingPolicy(ElasticScalingPolicy):

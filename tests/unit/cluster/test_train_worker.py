@@ -4,12 +4,13 @@ import platform
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.train import ScalingConfig
 
 from nanochat.cluster import trainer
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.errors import ClusterError
-from nanochat.storage import StageFolder, list_files
+from nanochat.storage import StageFolder, list_files, read_jsonl
 
 
 def test_a_worker_of_other_software_does_not_train(tmp_path, monkeypatch):
@@ -55,3 +56,21 @@ def test_workers_are_counted_where_they_have_a_place_and_divide_a_step(monkeypat
     config = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2}, label_selector=label)
     reserved = {"a": {"CPU": 4.0}, "b": {"CPU": 3.0}, "c": {"CPU": 6.0}}
     assert trainer.DividingScalingPolicy(config, allowed)._count_possible_workers(reserved) == expected
+
+
+def test_a_lost_process_is_named(tmp_path):
+    """In Ray's own words, which begin with a line that says nothing."""
+    died = ray.exceptions.ActorDiedError(
+        ray.core.generated.common_pb2.ActorDiedErrorContext(
+            error_message="Worker exit type: SYSTEM_ERROR", class_name="RayTrainWorker", actor_id=b"1" * 16, pid=4567,
+            node_ip_address="10.0.0.7", name="worker", ray_namespace="a",
+        )
+    )  # fmt: skip
+    folder = StageFolder(str(tmp_path))
+    errors = {1: died, 0: OSError("a disk\nthat is slow"), 2: ray.exceptions.ActorDiedError()}
+    trainer.OnFailure(folder).after_exception(None, errors)
+    assert [record["note"] for record in read_jsonl(folder.notes)] == [
+        "worker 0 failed: OSError: a disk",
+        "worker 1 failed: its process 4567 on 10.0.0.7 is gone: killed, out of memory or crashed",
+        f"worker 2 failed: ActorDiedError: {str(ray.exceptions.ActorDiedError()).splitlines()[0]}",
+    ]
