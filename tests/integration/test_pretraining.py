@@ -22,6 +22,7 @@ from nanochat.training.checkpoint import Checkpoint, step_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
+ROOT = Path(__file__).parents[2]
 TINY = PretrainConfig(
     depth=2, head_dim=16, n_embd=32, window_pattern="L", num_steps=18, global_batch_tokens=8 * 64, warmup_steps=5,
     dtype="float32", compile="off", evaluate_every=9, sample_every=0, sample_tokens=4, checkpoint_every=6, log_every=1,
@@ -238,7 +239,7 @@ def test_divergence_names_step_and_checkpoint(pretrain, runs):
 def command(run_dir):
     flags = "--depth 2 --head-dim 16 --n-embd 32 --window-pattern L --num-steps 300 --global-batch-tokens 512"
     more = "--dtype float32 --compile off --evaluate-every 0 --sample-every 0 --checkpoint-every 100 --log-every 10"
-    return [sys.executable, "ray_jobs/pretrain.py", "--run-dir", str(run_dir), "--cpus-per-worker", "0.5",
+    return [sys.executable, str(ROOT / "ray_jobs/pretrain.py"), "--run-dir", str(run_dir), "--cpus-per-worker", "0.5",
             *flags.split(), *more.split()]  # fmt: skip
 
 
