@@ -15,7 +15,7 @@ from nanochat.cluster.jobs import (
     prepare_data,
     prepared_before,
     pretrain_base,
-)  # fmt: skip
+)
 from nanochat.cluster.rl_job import practise, prepare_practice, with_paths
 from nanochat.cluster.session import session
 from nanochat.cluster.terminal import Terminal

@@ -173,7 +173,7 @@ def _begin(run: SweepRun) -> None:
 
 
 def _row(run: SweepRun, lost: str | None) -> Row:
-    """Return a run's row; `lost` is why it was given up for now."""
+    """Return a run's row; `lost` is why its last try did not come to an end."""
     outcome: Row = {"state": "stopped" if lost is None else "failed", "reason": lost or ""}
     if run.has_ended:
         outcome |= storage.read_json(run.folder.outcome)
