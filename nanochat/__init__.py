@@ -5,7 +5,8 @@ data        raw text -> text shards -> tokenizer -> token shards -> rows of a st
 model       rows -> loss: transformer, attention, optimiser, the depth dial
 training    loss -> checkpoints: the training loops of pretraining, fine-tuning and reinforcement learning
 tasks       datasets that can be trained on and scored, and their mixtures -> rows
-inference   checkpoint -> text: paged cache, sampling, engine, tool loop, calculator, code sandbox, rollouts
+inference   checkpoint -> text: paged cache, sampling, engines (ours, vLLM), tool loop, calculator, sandbox, rollouts
+exchange    checkpoint <-> the formats of others: Hugging Face folders, karpathy/nanochat's checkpoints
 serving     text -> people and programs: OpenAI's API over HTTP, the chat page
 evaluation  checkpoint -> scores: bits per byte, CORE, chat tasks
 pages       a run -> report.html and walk.html

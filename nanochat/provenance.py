@@ -12,7 +12,7 @@ from typing import Any
 
 from nanochat import __version__, storage
 from nanochat.config.identity import identity_fields, refuse_other_identity
-from nanochat.errors import refuse_credentials
+from nanochat.errors import ConfigError, refuse_credentials
 
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "tiktoken", "rustbpe", "safetensors")
 
@@ -46,7 +46,13 @@ def check_stage(folder: str, configs: dict[str, Any], files: Sequence[str] = ())
     }
     identity |= file_identity(files)
     if storage.exists(path := _config_in(folder)):
-        refuse_other_identity(storage.read_json(path)["identity"], identity, folder)
+        record = storage.read_json(path)
+        if "import" in record.get("config", {}) and "import" not in configs:
+            raise ConfigError(
+                f"run_dir={folder}: its model was imported, so it cannot be trained on from here. Fine-tune it with "
+                "ray_jobs/sft.py, or name another --run-dir."
+            )
+        refuse_other_identity(record["identity"], identity, folder)
     return identity
 
 

@@ -19,13 +19,15 @@ class BenchmarkConfig:
     """One benchmark on this machine."""
 
     what: Annotated[
-        Literal["train", "pack", "stream", "core", "engine", "serve", "rl", "estimate"], tyro.conf.Positional
+        Literal["train", "pack", "stream", "core", "engine", "backends", "serve", "rl", "estimate"],
+        tyro.conf.Positional,
     ]
     """train (Ray Train against a plain process), pack (text to token shards), stream (shards into a worker), core (a
     run directory's base model on few-shot multiple choice, batched against one example at a time), engine (requests in
-    this process), serve (the same through HTTP and Ray Serve, or what --url names), rl (a run directory's chat model on
-    word problems of two steps: what it learns, and how fast it is beside one group at a time), estimate (on paper: the
-    time to GPT-2's grade on 8 H100, and what that assumes)."""
+    this process), backends (a run directory's base model on our engine and on vLLM, in turns), serve (requests through
+    HTTP and Ray Serve, or what --url names), rl (a run directory's chat model on word problems of two steps: what it
+    learns, and how fast it is beside one group at a time), estimate (on paper: the time to GPT-2's grade on 8 H100, and
+    what that assumes)."""
     json: Path | None = None
     """Write hardware and results here."""
     steps: int = 120
@@ -33,7 +35,7 @@ class BenchmarkConfig:
     corpus: str = "pydocs"
     """Text to use: pydocs, or a path, glob or URI."""
     run_dir: str = "runs/benchmark"
-    """Scratch space, kept between runs; core, rl: the run directory of the model."""
+    """Scratch space, kept between runs; core, backends, rl: the run directory of the model."""
     seeds: int = 3
     """rl: so many runs, each from the chat model; 0 = speed alone."""
     updates: int = 30
@@ -93,7 +95,7 @@ def benchmark(config: BenchmarkConfig) -> int:
                 results = measure_rl(config)
             report(results)
             return
-        if config.what in ("engine", "serve"):
+        if config.what in ("engine", "backends", "serve"):
             with storage.claimed(config.run_dir):
                 report(measure_inference(config))
             return
@@ -136,7 +138,14 @@ def measure_inference(config: BenchmarkConfig) -> dict[str, object]:
     from nanochat.cluster import serving_benchmark
 
     if config.what == "engine":
-        return serving_benchmark.measure_engine(config.run_dir, config.corpus)
+        from nanochat.cluster.int8_benchmark import measure_int8
+
+        results = serving_benchmark.measure_engine(config.run_dir, config.corpus)
+        return results | flat(measure_int8(config.run_dir), "int8")
+    if config.what == "backends":
+        from nanochat.cluster.backend_benchmark import measure_backends
+
+        return flat(measure_backends(config.run_dir), "backends")
     if config.url is None:
         return serving_benchmark.measure_serving(config.run_dir, config.corpus)
     found = serving_benchmark.measure_url(

@@ -27,7 +27,7 @@ from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.errors import ClusterError, ConfigError, excerpt
 
-NATIVE_BACKEND = "nanochat.serving.backend:NativeBackend.open"
+ENGINES = "nanochat.serving.backend:EngineBackend.open"
 """MODULE:ATTRIBUTE of a function from a ServingConfig to a backend."""
 SPARE_REQUESTS = 64
 """Requests beside those for tokens that a replica takes at once: the page, health, metrics, refusals."""
@@ -99,7 +99,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     breaks its rule, or others could come without a key; CheckpointError if there is no such model.
     """
     known = {one.name for config in (ServingConfig, ReplicasConfig) for one in fields(config)} - {"host", "port"}
-    if unknown := set(args) - known - {"backend"}:
+    if unknown := set(args) - known:
         raise ConfigError(f"{min(unknown)}: is no setting of the endpoint. These are: {', '.join(sorted(known))}")
     from nanochat.serving.gate import api_keys
 
@@ -108,7 +108,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     serving = _from_args(ServingConfig, {**args, "host": host, "port": 0})
     replicas = _from_args(ReplicasConfig, args)
     api_keys(serving)
-    return application(pinned(serving, log.warning), replicas, args.get("backend", NATIVE_BACKEND))
+    return application(pinned(serving, log.warning), replicas, ENGINES)
 
 
 def _from_args(config: type[Any], args: Mapping[str, Any]) -> Any:
@@ -116,8 +116,8 @@ def _from_args(config: type[Any], args: Mapping[str, Any]) -> Any:
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
-def application(serving: ServingConfig, replicas: ReplicasConfig, backend: str = NATIVE_BACKEND) -> serve.Application:
-    """Return the endpoint as a Serve application; `backend` is what its replicas call, MODULE:ATTRIBUTE.
+def application(serving: ServingConfig, replicas: ReplicasConfig, factory: str = ENGINES) -> serve.Application:
+    """Return the endpoint as a Serve application; `factory` is what its replicas call, MODULE:ATTRIBUTE.
 
     Raises: ClusterError if the cluster is too small for its least number of replicas.
     """
@@ -149,7 +149,7 @@ def application(serving: ServingConfig, replicas: ReplicasConfig, backend: str =
         logging_config={"enable_access_log": False},  # the app writes its own, with more in it
         **number,
     )
-    return deployment.bind(serving, backend)
+    return deployment.bind(serving, factory)
 
 
 def _autoscaling(serving: ServingConfig, replicas: ReplicasConfig) -> dict[str, Any]:
@@ -166,15 +166,13 @@ def _autoscaling(serving: ServingConfig, replicas: ReplicasConfig) -> dict[str, 
     }
 
 
-def deploy(
-    name: str, prefix: str, serving: ServingConfig, replicas: ReplicasConfig, backend: str = NATIVE_BACKEND
-) -> None:
+def deploy(name: str, prefix: str, serving: ServingConfig, replicas: ReplicasConfig, factory: str = ENGINES) -> None:
     """Deploy or update an application and wait until it is ready; a new version takes over without a gap.
 
     Raises: ClusterError if no replica could start, or the cluster is too small.
     """
     try:
-        serve.run(application(serving, replicas, backend), name=name, route_prefix=prefix)
+        serve.run(application(serving, replicas, factory), name=name, route_prefix=prefix)
     except RuntimeError as err:
         found = serve.status().applications.get(name)
         stories = [one.message for one in found.deployments.values()] if found else []

@@ -17,6 +17,7 @@ from nanochat import storage
 from nanochat.cluster.ingress import free_ports, haproxy_environment, has_haproxy, private_folder, serve_environment
 from nanochat.cluster.terminal import Terminal, on_interrupt
 from nanochat.config.cluster import ClusterConfig
+from nanochat.config.model import ModelConfig
 from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.errors import ClusterError, ConfigError
@@ -145,14 +146,18 @@ def set_serve_environment() -> None:
 def pinned(serving: ServingConfig, note: Callable[[str], None]) -> ServingConfig:
     """Return a config that names each model's checkpoint, so that all replicas load the same, from anywhere.
 
-    Raises: CheckpointError if there is none.
+    Raises: CheckpointError if there is none; ConfigError if vLLM is asked for and cannot compute one.
     """
+    from nanochat.inference.vllm_engine import check_vllm
     from nanochat.training.checkpoint import named_checkpoint
 
     models = []
     for model in serving.models:
         name, _, folder = model.partition("=")
-        models.append(f"{name}={named_checkpoint(serving.run_dir, folder or name, note).folder}")
+        checkpoint = named_checkpoint(serving.run_dir, folder or name, note)
+        if serving.backend == "vllm":
+            check_vllm(ModelConfig(**checkpoint.state["model"]))
+        models.append(f"{name}={checkpoint.folder}")
     keys = serving.api_keys_file and storage.absolute(serving.api_keys_file)
     return replace(serving, run_dir=storage.absolute(serving.run_dir), models=tuple(models), api_keys_file=keys)
 

@@ -23,7 +23,7 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.presets import WORD_PROBLEMS
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.inference.engine import Event
+from nanochat.inference.requests import Event
 from nanochat.inference.rollouts import GroupSampler, packed_weights
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext

@@ -17,6 +17,7 @@ from nanochat.config.cluster import ClusterConfig
 from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.inference.rollouts import with_reward
+from nanochat.inference.vllm_engine import check_vllm
 from nanochat.provenance import begin_stage, check_stage
 from nanochat.storage import RunFolder
 from nanochat.tasks.registry import files_of, with_absolute_path
@@ -81,6 +82,9 @@ def practise(
     scored = min(config.held_out_problems, len(held_out))
     terminal.line(f"practice   {config.task}: {len(task):,} problems, {scored} of {len(held_out):,} held out")
     terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in inherited.items())}")
+
+    if rollouts.backend == "vllm":
+        check_vllm(plan.model)
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
         start_ray()

@@ -118,7 +118,7 @@ class RolloutActor:
         task = spec.judged(load_practice(spec.config, spec.tasks_folder)[0])
         self.sampler = GroupSampler(
             spec.config, tokenizer, task, spec.model, dtype=hardware.dtype, device=hardware.device,
-            running=spec.rollouts.running,
+            running=spec.rollouts.running, backend=spec.rollouts.backend,
         )  # fmt: skip
         self._start_s, self._idle_s, self._load_s = time.monotonic(), 0.0, 0.0
         self._orders: queue.SimpleQueue[tuple[Order, Future[Group]]] = queue.SimpleQueue()

@@ -23,8 +23,9 @@ from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.inference.completions import complete
-from nanochat.inference.engine import Engine, Request
+from nanochat.inference.engine import Engine
 from nanochat.inference.load import load_model
+from nanochat.inference.requests import Request
 from nanochat.model.gpt import GPT
 from nanochat.run_context import RunContext
 from nanochat.storage import RunFolder
@@ -139,6 +140,11 @@ def bodies(model: str, count: int, seed: int, max_tokens: int = NEW_TOKENS) -> l
         }
         for number in range(count)
     ]  # fmt: skip
+
+
+def token_request(seed: int) -> Request:
+    """Return a request for NEW_TOKENS behind a prompt of its own."""
+    return _request(_prompt(PROMPT_TOKENS, seed), seed=seed)
 
 
 def _model(run_dir: str) -> GPT:

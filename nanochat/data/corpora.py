@@ -65,6 +65,8 @@ class Recipe:
     validation_shard: str
     shard_text_bytes: int
     shard_bytes: int
+    licence: str
+    """What the publisher of the text states; the shards are shuffled copies of it."""
     file_pattern: str = "shard_{:05d}.parquet"
 
     def names(self) -> list[str]:
@@ -79,6 +81,7 @@ RECIPES = {
         validation_shard="shard_01822.parquet",
         shard_text_bytes=250_000_000,
         shard_bytes=100_000_000,
+        licence="ODC-By-1.0, and Common Crawl's terms of use",  # huggingface.co HuggingFaceFW/fineweb-edu
     ),
     "climbmix": Recipe(
         base_url="https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main",
@@ -86,8 +89,15 @@ RECIPES = {
         validation_shard="shard_06542.parquet",
         shard_text_bytes=250_000_000,
         shard_bytes=92_000_000,
+        licence="CC-BY-NC-4.0",  # huggingface.co nvidia/ClimbMix
     ),
 }
+PYDOCS_LICENCE = "PSF-2.0"  # of Python and its documentation
+
+
+def licence_of(corpus: str) -> str | None:
+    """Return the licence that a named corpus's publisher states; None of files of one's own."""
+    return RECIPES[corpus].licence if corpus in RECIPES else PYDOCS_LICENCE if corpus == "pydocs" else None
 
 
 def prepare_corpus(config: CorpusConfig, run: RunContext, folder: str, needed_text_bytes: int | None) -> Corpus:

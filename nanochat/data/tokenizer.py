@@ -84,10 +84,12 @@ class Tokenizer:
 
     def __init__(self, merges: Sequence[bytes], pattern: str) -> None:
         """Build from the merged byte strings in rank order. Raises: ValueError if the pattern is no regex."""
-        self._merges = tuple(merges)
-        self._pattern = pattern
+        self.merges = tuple(merges)
+        """The byte strings that were merged, in rank order."""
+        self.pattern = pattern
+        """The regular expression that cuts text into pre-tokens."""
         ranks = {bytes([byte]): byte for byte in range(NUM_BYTES)}
-        ranks |= {merge: NUM_BYTES + rank for rank, merge in enumerate(self._merges)}
+        ranks |= {merge: NUM_BYTES + rank for rank, merge in enumerate(self.merges)}
         self._specials = {name: len(ranks) + number for number, name in enumerate(SPECIAL_TOKENS)}
         self._encoding = tiktoken.Encoding(
             FORMAT, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._specials
@@ -102,7 +104,7 @@ class Tokenizer:
         """SHA-256 of everything that decides the ids, hex."""
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tuple[bytes, ...], str]]:
-        return Tokenizer, (self._merges, self._pattern)
+        return Tokenizer, (self.merges, self.pattern)
 
     def special(self, name: str) -> int:
         """Return a special token's id. Raises: KeyError if there is none of that name."""
@@ -126,7 +128,7 @@ class Tokenizer:
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """Return the bytes that each id stands for, (vocab_size,): what bits per byte divides by; special tokens 0."""
-        lengths = [1] * NUM_BYTES + [len(merge) for merge in self._merges] + [0] * len(SPECIAL_TOKENS)
+        lengths = [1] * NUM_BYTES + [len(merge) for merge in self.merges] + [0] * len(SPECIAL_TOKENS)
         return np.array(lengths, dtype=np.int32)
 
     def save(self, folder: str) -> None:
@@ -163,9 +165,9 @@ class Tokenizer:
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "pattern": self._pattern,
+            "pattern": self.pattern,
             "special_tokens": list(SPECIAL_TOKENS),
-            "merges": [base64.b64encode(merge).decode() for merge in self._merges],
+            "merges": [base64.b64encode(merge).decode() for merge in self.merges],
         }
 
     def _encode_numpy(self, text: str) -> npt.NDArray[np.uint32]:

@@ -7,7 +7,8 @@ from nanochat.data.conversations import Conversation, Part, parse_parts, render_
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.evaluation.scoring import GPTScorer, Option
 from nanochat.inference.completions import Completion, complete
-from nanochat.inference.engine import Engine, Request
+from nanochat.inference.engine import Engine
+from nanochat.inference.requests import Request
 from nanochat.inference.tool_loop import ToolLoop
 from nanochat.model.gpt import GPT
 from nanochat.tasks.task import Task

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from nanochat.data.conversations import Conversation, Message, Part, PartKind, parse_parts
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError
-from nanochat.inference.completions import TokenSource
-from nanochat.inference.engine import Request
+from nanochat.inference.requests import Request, TokenSource
 
 KIND_STARTS: dict[str, PartKind] = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
 LEAST_ROOM = 16

@@ -2,25 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from nanochat.inference.engine import Event, FinishReason, Request
-
-
-class TokenSource(Protocol):
-    """What turns requests into events: the engine, or a tool loop above one."""
-
-    def add(self, request: Request) -> int:
-        """Queue a request and return its id."""
-        ...
-
-    def step(self) -> list[Event]:
-        """Work for a moment and return what came of it, perhaps nothing."""
-        ...
-
-    def abort(self, id: int) -> None:
-        """Forget a request; it gives no more events."""
-        ...
+from nanochat.inference.requests import FinishReason, Request, TokenSource
 
 
 @dataclass

@@ -12,16 +12,18 @@ Sources of the ideas: continuous batching, Orca (OSDI 2022), section 3; chunked 
 """
 
 from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from nanochat.errors import ConfigError
 from nanochat.inference.decoding_graphs import DecodingGraphs
+from nanochat.inference.drawing import Answer, draw
 from nanochat.inference.page_pool import ROOT, PagePool
 from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, cache_bytes, pages_for
-from nanochat.inference.sampling import Likelihood, Sampling, Seen, likelihoods, move_logits, sample_tokens, uniform
+from nanochat.inference.requests import Event, Load, Request
+from nanochat.inference.sampling import likelihoods
 from nanochat.model.gpt import GPT
 from nanochat.training.hardware import Hardware
 
@@ -30,67 +32,9 @@ CHUNK_TOKENS = 96
 at 64 1.9 times, but then prefill takes a quarter longer (depth 4, prompts of 480, 1 core, AMD EPYC, 2026-11-25)."""
 STEP_TOKENS = 512
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request(Sampling):
-    """One completion that is asked for, and how it is sampled."""
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    """At most this many new tokens; the end token is one of them."""
-    stop_tokens: frozenset[int] = frozenset()
-    """Ids that end the completion; the one that did is its last token."""
-    break_tokens: frozenset[int] = frozenset()
-    """The same, but drawn before `min_new_tokens`, too: where a tool is to speak."""
-    seed: int = 0
-    """Two requests with the same prompt, parameters and seed give the same tokens."""
-    min_new_tokens: int = 0
-    """Stop tokens are not drawn before so many new tokens."""
-    logprobs: int | None = None
-    """Report each token's log probability, and those of so many of the likeliest; none = no report."""
-    prompt_logprobs: int | None = None
-    """The same of the prompt's tokens; none of them is taken from the prefix cache then."""
-    continued: int = 0
-    """So many tokens at the prompt's end are the completion's already: it goes on in its draws and penalties."""
-
-
-@dataclass(frozen=True)
-class PromptReport:
-    """What became of a request's prompt."""
-
-    cached_tokens: int
-    """So many of its tokens were in the prefix cache."""
-    likelihoods: tuple[Likelihood, ...] = ()
-    """Of its second token and on, if the request asks for them."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """A token of a request's completion."""
-
-    id: int
-    token: int
-    finish_reason: FinishReason | None = None
-    """Why the completion ends with this token; None while it goes on."""
-    is_forced: bool = False
-    """Whether a tool said it, not the model."""
-    logprob: float = 0.0
-    """Log probability in the distribution that it was drawn from: with temperature, penalties and what they leave out;
-    0 where nothing was drawn."""
-    likelihood: Likelihood | None = None
-    """If the request asks for it; a tool's tokens have none."""
-    prompt: PromptReport | None = None
-    """With a request's first token."""
-
 
 @dataclass(eq=False)
-class _Sequence:
-    id: int
-    request: Request
-    tokens: list[int]
-    """Prompt and what was sampled."""
+class _Sequence(Answer):
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
@@ -98,12 +42,6 @@ class _Sequence:
     """Of those, tokens of published pages."""
     last_page: int = ROOT
     """The pool's name of the last published page."""
-    cached: int = 0
-    """Tokens of the prompt that it did not compute itself."""
-    likelihoods: list[Likelihood] = field(default_factory=list)
-    """Of the prompt's tokens from the second on."""
-    seen: Seen | None = None
-    """Its tokens, if penalties ask for them."""
 
     @property
     def left(self) -> int:
@@ -156,17 +94,7 @@ class Engine:
 
         Raises: ConfigError if prompt and completion are too long, or there is nothing to do, or an id is none.
         """
-        needed = len(request.prompt) + request.max_new_tokens
-        if not request.prompt or request.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={request.max_new_tokens}: must be at least 1, after at least one token.")
-        if needed > self.capacity:
-            raise ConfigError(
-                f"max_new_tokens={request.max_new_tokens}: with a prompt of {len(request.prompt)} tokens must be at "
-                f"most {self.capacity} in all. Shorten one of them."
-            )
-        ids = [*request.prompt, *request.logit_bias, *request.stop_tokens, *request.break_tokens]
-        if min(ids) < 0 or max(ids) >= self.model.config.vocab_size:
-            raise ConfigError(f"prompt: ids must be in [0, {self.model.config.vocab_size}). Use the model's tokenizer.")
+        request.check(self.capacity, self.model.config.vocab_size)
         self._next_id += 1
         sequence = _Sequence(self._next_id, request, list(request.prompt))
         # A completion that has begun, and comes back from a tool, does not queue again.
@@ -188,15 +116,13 @@ class Engine:
                 return True
         return False
 
-    @property
-    def running(self) -> int:
-        """Requests that are being computed."""
-        return len(self._running)
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for room."""
-        return len(self._waiting)
+    def load(self) -> Load:
+        """Return what the engine is doing now."""
+        return Load(
+            running=len(self._running), waiting=len(self._waiting), kv_tokens=self.pool.pages * PAGE_TOKENS,
+            kv_tokens_free=self.pool.free * PAGE_TOKENS, preemptions=self.preemptions,
+            prefix_queries=self.queried_tokens, prefix_hits=self.found_tokens,
+        )  # fmt: skip
 
     def abort(self, id: int) -> None:
         """Forget a request, waiting or running; an unknown id is none."""
@@ -248,7 +174,7 @@ class Engine:
             self.pool.release(parked.pages)
         self._parked = []
 
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Go on with other weights: what is cached is forgotten, and what runs is computed again from its tokens."""
         self._leave_parked()
         for sequence in reversed(list(self._running)):
@@ -340,38 +266,14 @@ class Engine:
 
     def _sample(self, sequences: list[_Sequence], hidden_BC: torch.Tensor) -> list[Event]:
         """Draw one token of each sequence from its last hidden state, and end those that are done."""
-        requests = [sequence.request for sequence in sequences]
-        counts = [len(sequence.tokens) - len(sequence.request.prompt) for sequence in sequences]
-        logits_BV = self.model.logits(hidden_BC)
-        judged = {row: logits_BV[row].clone() for row, one in enumerate(requests) if one.logprobs is not None}
-        for row, (request, sequence, count) in enumerate(zip(requests, sequences, counts)):
-            if request.is_penalized and sequence.seen is None:
-                asked = len(request.prompt) - request.continued
-                sequence.seen = Seen(sequence.tokens[:asked], sequence.tokens[asked:])
-            if request.continued + count < request.min_new_tokens:
-                logits_BV[row, list(request.stop_tokens)] = float("-inf")
-        move_logits(logits_BV, requests, [sequence.seen for sequence in sequences])
-        uniforms = [uniform(one.seed, one.continued + count) for one, count in zip(requests, counts)]
-        tokens, drawn = (of_B.tolist() for of_B in sample_tokens(logits_BV, requests, uniforms))
         events = []
-        for row, (sequence, token, count) in enumerate(zip(sequences, tokens, counts, strict=True)):
-            request = sequence.request
-            sequence.tokens.append(token)
-            if sequence.seen is not None:
-                sequence.seen.add(token)
-            reason: FinishReason | None = "length" if count + 1 == request.max_new_tokens else None
-            if token in request.stop_tokens or token in request.break_tokens:
-                reason = "stop"
-            event = Event(sequence.id, token, reason, logprob=drawn[row])
-            if row in judged:
-                event = replace(event, likelihood=likelihoods(judged[row][None], [token], request.logprobs or 0)[0])
-            if count == 0:
-                event = replace(event, prompt=PromptReport(sequence.cached, tuple(sequence.likelihoods)))
+        for sequence, drawn in zip(sequences, draw(self.model.logits(hidden_BC), sequences), strict=True):
+            event = sequence.say(drawn)
             events.append(event)
-            if token in request.break_tokens and reason == "stop":
+            if event.token in sequence.request.break_tokens and event.finish_reason == "stop":
                 self._running.remove(sequence)
                 self._parked.append(sequence)
-            elif reason is not None:
+            elif event.finish_reason is not None:
                 self._end(sequence)
         return events
 

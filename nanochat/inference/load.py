@@ -4,35 +4,64 @@ from typing import Literal
 
 import torch
 
-from nanochat.config.model import ModelConfig
+from nanochat.config.serving import ServingConfig
 from nanochat.config.training import LearnerConfig
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import TokenizerMismatchError
+from nanochat.errors import ConfigError
+from nanochat.inference.engine import Engine
+from nanochat.inference.requests import InferenceEngine
+from nanochat.inference.vllm_engine import VllmEngine
 from nanochat.model.gpt import GPT
+from nanochat.model.int8 import convert_to_int8, multiplies_int8
 from nanochat.run_context import RunContext
-from nanochat.training.checkpoint import Checkpoint, load_parameters
-from nanochat.training.hardware import choose_hardware
+from nanochat.training.checkpoint import Checkpoint, config_of, load_parameters
+from nanochat.training.hardware import choose_hardware, multiplies_bfloat16
 
 
 def load_model(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     run: RunContext,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto",
 ) -> GPT:
     """Return a checkpoint's model on this process's device, computing in `dtype` (auto = what the hardware multiplies).
 
-    Raises: CheckpointError if it cannot be read; TokenizerMismatchError if it was trained with another tokenizer.
+    int8 = in bfloat16, with the large linear layers in 8-bit integers. Raises: CheckpointError if it cannot be read;
+    TokenizerMismatchError if it was trained with another tokenizer; ConfigError if int8 is not for this hardware.
     """
-    state = checkpoint.state
-    if state["tokenizer_hash"] != tokenizer.hash:
-        raise TokenizerMismatchError(
-            f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Use it in its own run directory."
+    config = config_of(checkpoint, tokenizer)
+    hardware = choose_hardware(LearnerConfig(dtype="bfloat16" if dtype == "int8" else dtype), run)
+    if dtype == "int8" and not (multiplies_int8(hardware.device) and multiplies_bfloat16(hardware.device)):
+        raise ConfigError(
+            f"dtype=int8: is for CPUs with AVX512-VNNI and AVX512-BF16; this process computes on {hardware.name}. "
+            "Leave it out."
         )
-    hardware = choose_hardware(LearnerConfig(dtype=dtype), run)
-    model = GPT(ModelConfig(**state["model"]), hardware.dtype)
+    model = GPT(config, hardware.dtype)
     load_parameters(model, checkpoint.model_tensors(), checkpoint.folder)
-    return model.to(hardware.device, hardware.dtype).prepare_for_inference()
+    model = model.to(hardware.device, hardware.dtype)
+    return convert_to_int8(model) if dtype == "int8" else model.prepare_for_inference()
+
+
+def load_engine(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, config: ServingConfig, cache_tokens: int | None
+) -> InferenceEngine:
+    """Return the engine that a config names with a checkpoint's model, for requests of at most the model's row.
+
+    On a CPU a core is left to the event loop and the proxy: products on all of them wait for the slowest.
+
+    Raises: as `load_model`; ConfigError if the device has no room, or vLLM is not there or cannot compute the model.
+    """
+    if config.backend == "native":
+        model = load_model(checkpoint, tokenizer, RunContext(), config.dtype)
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+        return Engine(model, max_running=config.max_running, cache_tokens=cache_tokens)
+    assert config.dtype != "int8", "its config says so"
+    hardware = choose_hardware(LearnerConfig(dtype=config.dtype), RunContext())
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    return VllmEngine(
+        config_of(checkpoint, tokenizer), checkpoint.model_tensors(), dtype=hardware.dtype, device=hardware.device,
+        max_running=config.max_running, cache_tokens=cache_tokens,
+    )  # fmt: skip
 
 
 def inference_copy(model: GPT) -> GPT:

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -30,8 +30,10 @@ from nanochat.data.conversations import Conversation, parse_parts, render_prompt
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError, excerpt
 from nanochat.evaluation.chat import shown
-from nanochat.inference.engine import Engine, Event, FinishReason, Request
+from nanochat.inference.engine import Engine
+from nanochat.inference.requests import Event, FinishReason, InferenceEngine, Request
 from nanochat.inference.tool_loop import ToolLoop
+from nanochat.inference.vllm_engine import VllmEngine
 from nanochat.model.gpt import GPT
 from nanochat.tasks.task import Task
 
@@ -176,14 +178,14 @@ class GroupSampler:
 
     def __init__(
         self, config: RLConfig, tokenizer: Tokenizer, task: Task, model: ModelConfig, *, dtype: torch.dtype,
-        device: torch.device, running: int,
+        device: torch.device, running: int, backend: Literal["native", "vllm"] = "native",
     ) -> None:  # fmt: skip
         self.config, self.tokenizer, self.task = config, tokenizer, task
-        self.model, self.dtype, self.device, self.running = model, dtype, device, running
+        self.model, self.dtype, self.device, self.running, self.backend = model, dtype, device, running, backend
         self.version = -1
         """The policy's; -1 before there is one."""
         self.ends = ends_of(tokenizer)
-        self._engine: Engine | None = None
+        self._engine: InferenceEngine | None = None
         self._loop: ToolLoop | None = None
         self._groups: dict[int, _Unfinished] = {}
         self._places: dict[int, tuple[int, int]] = {}
@@ -197,11 +199,18 @@ class GroupSampler:
         if self._engine is not None:
             self._engine.load_weights(tensors)
             return
+        self._engine = self._with(tensors)
+        self._loop = ToolLoop(self._engine, self.tokenizer)
+
+    def _with(self, tensors: dict[str, torch.Tensor]) -> InferenceEngine:
+        if self.backend == "vllm":
+            return VllmEngine(
+                self.model, tensors, dtype=self.dtype, device=self.device, max_running=self.running
+            )  # fmt: skip
         with torch.device("meta"):  # nothing is drawn
             model = GPT(self.model, self.dtype)
         model.load_state_dict(tensors, assign=True)
-        self._engine = Engine(model.to(self.device).prepare_for_inference(), max_running=self.running)
-        self._loop = ToolLoop(self._engine, self.tokenizer)
+        return Engine(model.to(self.device).prepare_for_inference(), max_running=self.running)
 
     def add(self, group: int) -> None:
         """Begin to sample a group; a prompt that leaves no room gets empty samples."""

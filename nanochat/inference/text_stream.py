@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanochat.data.conversations import PART_TOKENS, PartKind
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.inference.engine import Event, FinishReason
+from nanochat.inference.requests import Event, FinishReason
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.calculator import calculate
-from nanochat.inference.completions import TokenSource
-from nanochat.inference.engine import Event, Request
+from nanochat.inference.requests import Event, Request, TokenSource
 
 NO_RESULT = "error"
 """What the tool says to a call that it cannot evaluate."""

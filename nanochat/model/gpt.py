@@ -11,6 +11,7 @@ ReLU^2 arXiv:2109.08668; value embeddings arXiv:2410.17897; scalars, backout and
 Not covered: mixture of experts, dropout, tensor parallelism.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -47,12 +48,16 @@ class Linear(nn.Linear):
 
     packed: Tensor | None = None
     """The weight in oneDNN's own layout, see `pack`."""
+    int8: Callable[[Tensor], Tensor] | None = None
+    """The product with integers that replace the weight (`nanochat.model.int8`)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply by the transposed weight."""
+        if self.int8 is not None:
+            return self.int8(input)
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(input, self.packed, None, "none", [], "")
         return F.linear(input, self.weight.to(input.dtype))
@@ -63,7 +68,7 @@ class Linear(nn.Linear):
         A product of few rows otherwise spends a third to a half of its time on the layout (256 x 256 and 1 row: 15 us
         against 22; 8,192 x 256: 85 against 186; 1 core, AMD EPYC, 2026-11-25). torch.compile's freezing does the same.
         """
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16:
+        if self.int8 is None and self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_ROWS)
 
 
@@ -250,13 +255,18 @@ class GPT(nn.Module):
 
         Again after weights were loaded into it.
         """
+        for linear in self.fused_linears():
+            linear.pack()
+        return self.eval()
+
+    def fused_linears(self) -> list[Linear]:
+        """Fuse each layer's queries, keys and values, and return the linear layers that take a token's time."""
+        found = []
         for block in self.blocks:
             block.attn.fuse()
-            for linear in (block.attn.c_qkv, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-                assert linear is not None, "fused just now"
-                linear.pack()
-        self.lm_head.pack()
-        return self.eval()
+            assert block.attn.c_qkv is not None, "fused just now"
+            found += [block.attn.c_qkv, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+        return [*found, self.lm_head]
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -275,6 +285,8 @@ class GPT(nn.Module):
                 block.attn.ve_gate.weight.uniform_(0.0, 0.02, generator=generator)
         for embedding in self.value_embeds.values():
             cast(nn.Embedding, embedding).weight.uniform_(-bound, bound, generator=generator)
+        for padded in (self.embedding, self.lm_head, *self.value_embeds.values()):
+            cast(nn.Embedding, padded).weight[config.vocab_size :] = 0  # never read, never trained: no export has them
         if config.residual_scalars:
             share = torch.arange(config.n_layer, device=self.resid_lambdas.device) / max(config.n_layer - 1, 1)
             self.resid_lambdas.copy_(1.15 - 0.10 * share)
@@ -340,10 +352,14 @@ class GPT(nn.Module):
         """
         with torch.enable_grad():
             hidden_BTC = self(tokens_BT, document_BT=document_BT).detach()
-        losses_N = token_losses(
-            hidden_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), vocab_size=self.config.vocab_size,
-            softcap=self.config.logit_softcap, exp_and_slope=self.exp_and_slope,
-        )  # fmt: skip
+        if self.lm_head.int8 is not None:
+            logits_NV = self.logits(hidden_BTC.flatten(0, 1))
+            losses_N = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=-1, reduction="none")
+        else:
+            losses_N = token_losses(
+                hidden_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), vocab_size=self.config.vocab_size,
+                softcap=self.config.logit_softcap, exp_and_slope=self.exp_and_slope,
+            )  # fmt: skip
         return losses_N.view_as(targets_BT)
 
     def _rotation(self, tokens_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def name_map(config: ModelConfig) -> dict[str, str]:
 
     Raises: ConfigError if the model has a part that `NanoChatForCausalLM` lacks.
     """
-    different = [f"{name}={getattr(config, name)}" for name in STOCK if not _is_stock(config, name)]
+    different = [f"{name}={getattr(config, name)}" for name in STOCK if not _fits(config, name)]
     if different:
         raise ConfigError(
             f"{', '.join(different)}: NanoChatForCausalLM has no such part. Train with architecture=stock to export."
@@ -85,7 +85,12 @@ def transformers_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _is_stock(config: ModelConfig, name: str) -> bool:
+def is_stock(config: ModelConfig) -> bool:
+    """Tell whether a model has no part that `NanoChatForCausalLM` lacks."""
+    return all(_fits(config, name) for name in STOCK)
+
+
+def _fits(config: ModelConfig, name: str) -> bool:
     value = getattr(config, name)
     if name == "window_pattern":
         return set(value) == {"L"}

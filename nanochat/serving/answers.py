@@ -12,7 +12,7 @@ from contextlib import aclosing
 
 from nanochat.config.serving import ServingConfig
 from nanochat.errors import ConfigError
-from nanochat.inference.engine import Request
+from nanochat.inference.requests import Request
 from nanochat.inference.text_stream import Piece, TextStream
 from nanochat.serving.backend import Backend, BackendDeadError, ServedModel
 from nanochat.serving.errors import ApiError, overloaded, refused

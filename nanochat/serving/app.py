@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 import nanochat
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPECIAL_TOKENS
-from nanochat.inference.engine import Request as TokenRequest
+from nanochat.inference.requests import Request as TokenRequest
 from nanochat.inference.text_stream import Piece
 from nanochat.serving.answers import Admission, Answers
 from nanochat.serving.backend import Backend, ServedModel
@@ -154,6 +154,8 @@ class _Endpoint:
         if body.messages is not None:
             ids = chat_prompt(model.tokenizer, body.messages, self.config.max_messages)
             ids = ids[:-1] if body.add_generation_prompt is False else ids
+        elif body.add_special_tokens is False and body.prompt in SPECIAL_TOKENS:  # who asks so wants its id
+            raise refused("prompt", f"no text becomes {body.prompt}, which is {model.tokenizer.special(body.prompt)}.")
         else:
             ids = model.tokenizer.encode_ordinary(body.prompt or "")
             ids = ids if body.add_special_tokens is False else [model.tokenizer.bos, *ids]
@@ -287,6 +289,8 @@ class _Endpoint:
     def _model(self, name: str | None) -> ServedModel:
         models = self.backend.models
         if name is None:
+            if len({model.tokenizer.hash for model in models.values()}) > 1:
+                raise refused("model", f"must be named, as tokenizers differ. There are: {', '.join(models)}.")
             return next(iter(models.values()))
         if name not in models:
             raise ApiError(404, f"model: there is no {name[:100]!r}. There are: {', '.join(models)}.", "model",

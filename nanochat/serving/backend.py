@@ -15,16 +15,13 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError, NanochatError
-from nanochat.inference.completions import TokenSource, complete
-from nanochat.inference.engine import Engine, Event, Request
-from nanochat.inference.load import load_model
+from nanochat.inference.completions import complete
+from nanochat.inference.load import load_engine
+from nanochat.inference.requests import Event, InferenceEngine, Load, Request, TokenSource
 from nanochat.inference.tool_loop import ToolLoop
-from nanochat.run_context import RunContext
 from nanochat.training.checkpoint import named_checkpoint, tokenizer_of
 
 SWITCH_INTERVAL_S = 5e-4
@@ -51,24 +48,6 @@ class ServedModel:
     checkpoint: str
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Sampling parameters where a request names none."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a backend is doing."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_tokens: int = 0
-    """Tokens that the cache can hold."""
-    kv_tokens_free: int = 0
-    """Of those, not held by a running request."""
-    preemptions: int = 0
-    """Since the start."""
-    prefix_queries: int = 0
-    """Tokens of prompts that were looked up in the prefix cache, since the start."""
-    prefix_hits: int = 0
-    """Of those, found."""
 
 
 class Backend(Protocol):
@@ -136,14 +115,14 @@ class Hosted:
     """A model with what computes it."""
 
     model: ServedModel
-    engine: Engine
+    engine: InferenceEngine
     source: TokenSource
     """The engine, or a tool loop above it."""
     mailboxes: dict[int, _Mailbox] = field(default_factory=dict)
     """By the source's id of a request that has not ended."""
 
 
-class NativeBackend:
+class EngineBackend:
     """Engines of this process, stepped by a thread."""
 
     def __init__(self, hosted: Sequence[Hosted], stall_s: float = 60.0) -> None:
@@ -170,15 +149,12 @@ class NativeBackend:
         return self._is_open and self._thread.is_alive() and not hangs
 
     @classmethod
-    def open(cls, config: ServingConfig) -> "NativeBackend":
+    def open(cls, config: ServingConfig) -> "EngineBackend":
         """Load the models of a config, let each answer once, and start.
 
         Raises: CheckpointError, DataError or TokenizerMismatchError if one cannot be loaded.
         """
         hosted = [_hosted(config, name) for name in config.models]
-        if hosted[0].engine.device.type == "cpu":
-            # A core is left to the event loop and the proxy: products on all of them wait for the slowest.
-            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         for one in hosted:
             bos = one.model.tokenizer.bos
@@ -208,18 +184,8 @@ class NativeBackend:
 
     def load(self) -> Load:
         """See `Backend`."""
-        engines = [one.engine for one in self._hosted.values()]
-        pages = sum(engine.pool.pages for engine in engines)
-        free = sum(engine.pool.free for engine in engines)
-        size = engines[0].pool.page_tokens
-        return Load(
-            running=sum(engine.running for engine in engines),
-            waiting=sum(engine.waiting for engine in engines) + self._inbox.qsize(),
-            kv_tokens=pages * size, kv_tokens_free=free * size,
-            preemptions=sum(engine.preemptions for engine in engines),
-            prefix_queries=sum(engine.queried_tokens for engine in engines),
-            prefix_hits=sum(engine.found_tokens for engine in engines),
-        )  # fmt: skip
+        loads = (one.engine.load() for one in self._hosted.values())
+        return sum(loads, Load(waiting=self._inbox.qsize()))
 
     def _death(self) -> BackendDeadError:
         return BackendDeadError(f"the engine has died ({self._error!r}). The replica is being replaced; try again.")
@@ -285,9 +251,8 @@ def _hosted(config: ServingConfig, spec: str) -> Hosted:
     name, _, folder = spec.partition("=")
     checkpoint = named_checkpoint(config.run_dir, folder or name, log.warning)
     tokenizer = Tokenizer.load(tokenizer_of(config.run_dir, checkpoint.folder))
-    gpt = load_model(checkpoint, tokenizer, RunContext(), config.dtype)
     share = config.kv_cache_tokens and config.kv_cache_tokens // len(config.models)
-    engine = Engine(gpt, max_running=config.max_running, cache_tokens=share)
+    engine = load_engine(checkpoint, tokenizer, config, share)
     is_chat = checkpoint.is_chat
     model = ServedModel(
         name, tokenizer, is_chat, engine.capacity, int(time.time()), checkpoint.folder, checkpoint.generation

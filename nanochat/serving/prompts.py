@@ -69,7 +69,13 @@ def _parts(message: dict[str, Any], at: str, role: str) -> tuple[Part, ...]:
         raise refused(f"{at}.content", "ends with a python part; its python_output is missing.")
     if role == "user" and not any(part.text for part in parts):
         raise refused(f"{at}.content", "must not be empty.")
-    return tuple(part for part in parts if part.text or part.kind != "text")
+    # Neighbouring texts are one, as in every chat template: apart, a token could not span them.
+    joined: list[Part] = []
+    for part in (part for part in parts if part.text or part.kind != "text"):
+        if joined and joined[-1].kind == part.kind == "text":
+            part = Part("text", joined.pop().text + part.text)
+        joined.append(part)
+    return tuple(joined)
 
 
 def completion_prompts(tokenizer: Tokenizer, prompt: str | list[Any], max_prompts: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 Unknown fields are ignored, as clients send many; known fields that nothing here acts on are refused. Sampling
 parameters that OpenAI does not have are vLLM's, and so are `return_token_ids` and the ids in answers.
-`continue_token_ids` is ours.
+`continue_token_ids` is ours. Of vLLM's and transformers' fields those are known that would change an answer.
 
 Sources: OpenAI's API reference (chat, completions); vLLM docs, "OpenAI-Compatible Server".
 """
@@ -12,10 +12,10 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat.inference.engine import Request
+from nanochat.inference.requests import Request
 from nanochat.serving.backend import ServedModel
 from nanochat.serving.errors import ApiError, refused
 
@@ -24,6 +24,14 @@ MAX_BIASES = 300
 MAX_TOKENIZE_CHARS = 200_000
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, of /v1/completions."""
+
+NOT_HERE: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],), "bad_words": ([],), "chat_template": (), "echo": (False,), "guided_choice": ([],),
+    "guided_grammar": (), "guided_json": (), "guided_regex": (), "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "num_beams": (1,), "prompt_logprobs": (),
+    "skip_special_tokens": (True,), "structured_outputs": (), "truncate_prompt_tokens": (), "use_beam_search": (False,),
+}  # fmt: skip
+"""Fields of vLLM and transformers that would change an answer, and the values at which they do not."""
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Id = Annotated[int, Field(ge=0, lt=1 << 32)]
@@ -66,6 +74,15 @@ class SamplingBody(_Body):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     return_token_ids: bool | None = None
     continue_token_ids: Ids | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_others(cls, body: Any) -> Any:
+        """Raises: ApiError for a field of NOT_HERE."""
+        for name, harmless in NOT_HERE.items() if isinstance(body, dict) else ():
+            if name not in cls.model_fields and body.get(name) is not None and body[name] not in harmless:
+                raise refused(name, "is not supported, and without it the answer would be another. Leave it out.")
+        return body
 
     @property
     def stops(self) -> list[str]:
@@ -115,6 +132,7 @@ class CompletionBody(SamplingBody):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     suffix: str | None = None
     best_of: int | None = None
+    add_special_tokens: bool | None = None
 
     def check(self) -> None:
         """Raises: ApiError for what is not here."""
@@ -124,6 +142,13 @@ class CompletionBody(SamplingBody):
             raise refused("best_of", "must be equal to n. Leave it out.")
         if self.max_tokens == 0 and not self.echo:
             raise refused("max_tokens", "must be at least 1, or 0 with echo.")
+        if self.add_special_tokens is False:
+            raise refused("add_special_tokens", "must be true: a text always gets <|bos|>. Send ids to do without.")
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        is_scored = self.echo and self.logprobs is not None
+        if is_scored and any(isinstance(one, str) and one.startswith("<|bos|>") for one in texts):
+            raise refused("prompt", "begins with <|bos|>, which as text is seven characters; every text gets the token "
+                          "by itself. Leave it out.")  # fmt: skip
 
 
 class TokenizeBody(_Body):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.inference.engine import Event
+from nanochat.inference.requests import Event
 from nanochat.inference.sampling import Likelihood
 from nanochat.inference.text_stream import Piece
 from nanochat.serving.answers import Answers
@@ -78,7 +78,7 @@ class ChatShape:
 
 
 class CompletionShape:
-    """Answers of /v1/completions."""
+    """Answers of /v1/completions. An echo has what was sent, so not the BOS that a text gets."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
@@ -105,7 +105,9 @@ class CompletionShape:
             report = piece.events[0].prompt
             told = report.likelihoods if report else ()
             text = self.tokenizer.decode([id for id in prompt if id < self.tokenizer.bos]) + text
-            ids, likelihoods = prompt + ids, [None, *told[: len(prompt) - 1], *likelihoods]
+            unsent = self._is_text(number)
+            likelihoods = [*[None, *told[: len(prompt) - 1]][unsent:], *likelihoods]
+            ids = prompt[unsent:] + ids
         self._is_begun[number] = True
         choice = _choice(number, piece, text=text) | {"logprobs": None}
         if self.body.max_tokens == 0 and piece.finish_reason:
@@ -121,6 +123,10 @@ class CompletionShape:
         parts = [part for piece in pieces for part in piece.parts]
         events = [event for piece in pieces for event in piece.events]
         return self.choice(number, Piece(parts, events, pieces[-1].finish_reason))
+
+    def _is_text(self, number: int) -> bool:
+        prompt = self.body.prompt
+        return isinstance(prompt, str) or isinstance(prompt[number // self.answers.n], str)
 
     def _logprobs(self, number: int, ids: Sequence[int], likelihoods: Sequence[Likelihood | None]) -> dict[str, Any]:
         texts = [self._text(id) for id in ids]

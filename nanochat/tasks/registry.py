@@ -30,6 +30,14 @@ LOADERS: dict[str, Loader] = {
     "messages": load_messages,
 }
 
+LICENCES = {
+    "arithmetic": "MIT", "identity": "MIT", "spelling": "MIT",  # made by this project's code from its own words
+    "gsm8k": "MIT", "humaneval": "MIT",  # github.com openai/grade-school-math, openai/human-eval
+    "mmlu": "MIT", "arc_easy": "CC-BY-SA-4.0", "arc_challenge": "CC-BY-SA-4.0",  # huggingface.co cais/mmlu, ai2_arc
+    "smoltalk": "Apache-2.0",  # huggingface.co HuggingFaceTB/smol-smoltalk
+}  # fmt: skip
+"""What the publishers of the tasks' files state."""
+
 UNSCORED = ("smoltalk", "messages")
 """Those that can only be trained on."""
 
@@ -71,6 +79,12 @@ def files_of(text: str) -> list[str]:
     """Return the files of one's own that NAME[=PATH][:SPLIT] names."""
     found = _NAMED.fullmatch(text)
     return storage.list_files(found["path"]) if found and found["path"] else []
+
+
+def licence_of(text: str) -> str | None:
+    """Return the licence of what NAME[=PATH][:SPLIT] names; None of files of one's own."""
+    found = _NAMED.fullmatch(text)
+    return LICENCES.get(found["name"]) if found and not found["path"] else None
 
 
 def load_task(name: str, split: str, files: TaskFiles) -> Task:

@@ -22,7 +22,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from nanochat import storage
-from nanochat.errors import CheckpointError
+from nanochat.config.model import ModelConfig
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import CheckpointError, TokenizerMismatchError
 from nanochat.storage import RunFolder, StageFolder
 
 FORMAT_VERSION = 1
@@ -176,6 +178,16 @@ def named_checkpoint(run_dir: str, name: str, note: Callable[[str], None]) -> Ch
     if (problem := problem_with(path)) is not None:
         raise CheckpointError(f"checkpoint={name}: {problem}. Name {', '.join(STAGES)}, or a complete step_ folder.")
     return Checkpoint(path)
+
+
+def config_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ModelConfig:
+    """Return a checkpoint's model config. Raises: TokenizerMismatchError if it was trained with another tokenizer."""
+    state = checkpoint.state
+    if state["tokenizer_hash"] != tokenizer.hash:
+        raise TokenizerMismatchError(
+            f"checkpoint={checkpoint.folder}: was trained with another tokenizer. Use it in its own run directory."
+        )
+    return ModelConfig(**state["model"])
 
 
 def tokenizer_of(run_dir: str, checkpoint: str) -> str:

@@ -4,8 +4,9 @@ import math
 
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.inference.completions import complete
-from nanochat.inference.engine import Engine, Request
+from nanochat.inference.engine import Engine
 from nanochat.inference.load import inference_copy
+from nanochat.inference.requests import Request
 from nanochat.model.optimizer import StepSchedule
 from nanochat.run_context import RunContext
 from nanochat.training import plan as planning

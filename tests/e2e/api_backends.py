@@ -4,18 +4,23 @@ Tokens are bytes here, and nine special tokens, so every character that is not A
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from nanochat.config.model import ModelConfig
 from nanochat.config.serving import ServingConfig
 from nanochat.data.conversations import Part, render_parts
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.inference.engine import Engine, Event, PromptReport, Request
+from nanochat.inference.engine import Engine
+from nanochat.inference.requests import Event, InferenceEngine, Load, PromptReport, Request
 from nanochat.inference.sampling import Likelihood
 from nanochat.inference.tool_loop import ToolLoop
+from nanochat.inference.vllm_engine import VllmEngine
 from nanochat.model.gpt import GPT
-from nanochat.serving.backend import Hosted, Load, NativeBackend, ServedModel
+from nanochat.serving.backend import EngineBackend, Hosted, ServedModel
 
 TOKENIZER = Tokenizer([], SPLIT_PATTERNS["nanochat"])
 BOS = TOKENIZER.bos
@@ -33,11 +38,9 @@ def ids_of(text: str, *, ends: bool = True) -> list[int]:
 
 def random_model(seed: int, sequence_len: int = CAPACITY) -> GPT:
     """All parameters are random: where they are zero at the start, errors would not be seen."""
-    import torch
-
     model = GPT(
         ModelConfig(
-            sequence_len=sequence_len, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32
+            sequence_len=sequence_len, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64
         )
     )
     draw = torch.Generator().manual_seed(seed)
@@ -49,8 +52,6 @@ def random_model(seed: int, sequence_len: int = CAPACITY) -> GPT:
 
 def logprobs_of(model: GPT, ids: Sequence[int]) -> list[list[float]]:
     """The log probabilities of every token behind each prefix of ids: one plain forward of the whole row."""
-    import torch
-
     with torch.no_grad():
         logits = model.logits(model(torch.tensor([list(ids)])))[0].float()
     return logits[:, : TOKENIZER.vocab_size].log_softmax(-1).tolist()
@@ -88,18 +89,27 @@ class ScriptedSource:
         return events
 
 
-def native_backend() -> NativeBackend:
+def engine_of(model: GPT, max_running: int = MAX_RUNNING) -> InferenceEngine:
+    """Return the engine that NANOCHAT_BACKEND names, native if nothing does."""
+    if os.environ.get("NANOCHAT_BACKEND", "native") == "native":
+        return Engine(model, max_running=max_running)
+    return VllmEngine(
+        model.config, model.state_dict(), dtype=torch.float32, device=torch.device("cpu"), max_running=max_running
+    )
+
+
+def engine_backend() -> EngineBackend:
     """A chat model and a base model that compute, and one that always calls its calculator."""
 
     def hosted(model: ServedModel, engine: Engine) -> Hosted:
         return Hosted(model, engine, ToolLoop(engine, TOKENIZER) if model.is_chat else engine)
 
-    engines = [Engine(random_model(seed), max_running=MAX_RUNNING) for seed in range(3)]
+    engines = [engine_of(random_model(seed)) for seed in range(3)]
     script = [*render_parts(TOKENIZER, CALCULATION), END]
     calc = Hosted(
         served("calc", is_chat=True, temperature=0.0), engines[2], ToolLoop(ScriptedSource(script), TOKENIZER)
     )
-    return NativeBackend(
+    return EngineBackend(
         [hosted(served("sft", is_chat=True, temperature=0.9, top_k=200.0), engines[0]),
          hosted(served("pretrain", is_chat=False), engines[1]), calc]
     )  # fmt: skip

@@ -13,10 +13,10 @@ import uvicorn
 from nanochat.config.serving import ServingConfig
 from nanochat.data.conversations import Part, render_parts
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.inference.engine import Event, PromptReport, Request
+from nanochat.inference.requests import Event, Load, PromptReport, Request
 from nanochat.inference.sampling import Likelihood
 from nanochat.serving.app import create_app
-from nanochat.serving.backend import Load, ServedModel
+from nanochat.serving.backend import ServedModel
 
 POEM = "The lamp goes round, the sea says hush, and one small boat comes home. " * 4
 RICH = """# A heading

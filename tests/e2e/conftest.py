@@ -8,10 +8,10 @@ import pytest
 @pytest.fixture(scope="session")
 def native() -> Iterator:
     """The endpoint over tiny random models: sft (chat), pretrain (base), calc (always calls its calculator)."""
-    from api_backends import native_backend
+    from api_backends import engine_backend
     from api_server import serving
 
-    backend = native_backend()
+    backend = engine_backend()
     with serving(backend, max_messages=50, max_n=4, max_body_bytes=1 << 18, event_interval_s=0.001) as server:
         yield server
     backend.close()

@@ -137,7 +137,7 @@ def test_two_calls_in_a_row_are_two_parts(scripted):
     assert scripted.chat().json()["choices"][0]["message"]["content"] == ""
 
 
-SAMPLED = {"temperature": 1.2, "top_p": 0.97, "seed": 11, "frequency_penalty": 0.5, "presence_penalty": 0.2,
+SAMPLED = {"temperature": 1.2, "top_p": 0.97, "seed": 12, "frequency_penalty": 0.5, "presence_penalty": 0.2,
            "repetition_penalty": 1.1, "max_tokens": 40, "return_token_ids": True}  # fmt: skip
 
 

@@ -104,7 +104,8 @@ def test_43_openai_completions_and_models(client):
         prompt + bytes(expected).decode("utf-8", "replace") for prompt in "ab"
     ]
     assert answer.choices[0].finish_reason == "length"
-    assert len(answer.choices[0].logprobs.tokens) == 7
+    assert "".join(answer.choices[0].logprobs.tokens).startswith("a"), "what was sent; BOS was not"
+    assert len(answer.choices[0].logprobs.tokens) == 6
     streamed = client.completions.create(model="org/base.model", prompt="a", max_tokens=200, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == TEXT
     assert [model.id for model in client.models.list()] == ["sft", "org/base.model"]
@@ -309,6 +310,9 @@ def test_44_open_webui(server):
               "id": "i", "background_tasks": {"title_generation": True}},
     )  # fmt: skip
     assert stream.headers["content-type"].startswith("text/event-stream")
+    *chunks, last = [json.loads(data) for data in events_of(stream.content)[:-1]]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == TEXT
+    assert last["usage"]["completion_tokens"] == len(TEXT.encode()) + 1
     for metadata in ({"task": "title_generation"}, {"task": "tags_generation"}, {"task": "follow_up_generation"}):
         answer = server.http.post(
             "/v1/chat/completions",
@@ -317,7 +321,9 @@ def test_44_open_webui(server):
                   "metadata": metadata, "temperature": 0.1},
         )  # fmt: skip
         assert answer.json()["choices"][0]["message"]["content"] == TEXT
-    error = server.http.post("/v1/chat/completions", headers=key, json={"model": "gone", "messages": HELLO})
-    assert error.headers["content-type"].startswith("application/json")
-    assert "gone" in error.json()["error"]["message"]
+    for stream in (False, True):  # what is no JSON it would show as it is
+        body = {"model": "gone", "messages": HELLO, "stream": stream}
+        error = server.http.post("/v1/chat/completions", headers=key, json=body)
+        assert error.headers["content-type"].startswith("application/json")
+        assert "gone" in error.json()["error"]["message"]
     assert END not in server.backend.asked[-1][1].prompt

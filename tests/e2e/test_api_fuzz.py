@@ -6,14 +6,13 @@ import math
 
 import httpx
 import pytest
-from api_backends import BOS, TOKENIZER, random_model, served
+from api_backends import BOS, TOKENIZER, engine_of, random_model, served
 from api_server import check_envelope, events_of, serving, wait_until
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nanochat.inference.engine import Engine
 from nanochat.inference.tool_loop import ToolLoop
-from nanochat.serving.backend import Hosted, NativeBackend
+from nanochat.serving.backend import EngineBackend, Hosted
 
 CAPACITY = 96
 AT_ONCE = 10
@@ -116,8 +115,8 @@ def requests(draw) -> tuple[str, bytes]:
 
 @pytest.fixture(scope="module")
 def server():
-    engines = [Engine(random_model(seed, CAPACITY), max_running=16) for seed in range(2)]
-    backend = NativeBackend(
+    engines = [engine_of(random_model(seed, CAPACITY), 16) for seed in range(2)]
+    backend = EngineBackend(
         [
             Hosted(served("sft", is_chat=True, capacity=CAPACITY), engines[0], ToolLoop(engines[0], TOKENIZER)),
             Hosted(served("pretrain", is_chat=False, capacity=CAPACITY), engines[1], engines[1]),

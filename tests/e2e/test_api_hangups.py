@@ -9,7 +9,7 @@ import struct
 import time
 
 import pytest
-from api_backends import CAPACITY, MAX_RUNNING, ids_of, native_backend
+from api_backends import CAPACITY, MAX_RUNNING, engine_backend, ids_of
 from api_server import HELLO, Server, serving, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -18,7 +18,7 @@ CLIENTS = 200
 
 @pytest.fixture(scope="module")
 def server():
-    backend = native_backend()
+    backend = engine_backend()
     with serving(backend, max_waiting=64, event_interval_s=0.0) as server:
         yield server
     backend.close()

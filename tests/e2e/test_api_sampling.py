@@ -95,7 +95,7 @@ def test_20_bias_of_another_form_is_refused(native, bias):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [2, 3, 4])
 def test_21_logprobs_are_those_of_the_models_own_forward(native, models, temperature, seed):
     body = whole(native.chat(logprobs=True, top_logprobs=5, max_tokens=24, temperature=temperature, seed=seed,
                              return_token_ids=True))  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from api_backends import END, ScriptedBackend, ids_of
 from api_server import HELLO, Relay, Stream, check_envelope, check_error, events_of, serving, text_of, wait_until
 
-from nanochat.inference.engine import Event
+from nanochat.inference.requests import Event
 from nanochat.serving.backend import BackendDeadError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(40)]

@@ -154,7 +154,7 @@ def test_08_version(scripted):
     assert scripted.get("/version").json() == {"version": nanochat.__version__}
 
 
-@pytest.mark.parametrize("text", ["hello", "日本語 🙂 é", "", "<|assistant_end|>"])
+@pytest.mark.parametrize("text", ["hello", "日本語 🙂 é", "", " <|assistant_end|>"])
 def test_08_tokenize_and_back(scripted, text):
     body = scripted.post("/tokenize", {"model": "sft", "prompt": text}).json()
     ids = [BOS, *text.encode()]
@@ -163,6 +163,14 @@ def test_08_tokenize_and_back(scripted, text):
     assert bare["tokens"] == ids[1:]
     back = scripted.post("/detokenize", {"model": "sft", "tokens": bare["tokens"]}).json()
     assert back == {"prompt": text}
+
+
+def test_08_the_name_of_a_special_token_is_no_text_to_who_wants_its_id(scripted):
+    """lm-eval asks so for the token before a text, and would take the first id of the name as text."""
+    message = check_error(scripted.post("/tokenize", {"prompt": "<|bos|>", "add_special_tokens": False}), 400,
+                          param="prompt")  # fmt: skip
+    assert str(BOS) in message
+    assert scripted.post("/tokenize", {"prompt": "<|bos|>"}).json()["tokens"] == [BOS, *b"<|bos|>"]
 
 
 def test_08_tokenize_messages_as_chat_does(scripted):

@@ -206,8 +206,9 @@ def test_no_answer_of_the_demos_model_goes_round_in_circles(tmp_path):
     from nanochat.data.conversations import exchange, render_prompt
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.inference.completions import complete
-    from nanochat.inference.engine import Engine, Request
+    from nanochat.inference.engine import Engine
     from nanochat.inference.load import load_model
+    from nanochat.inference.requests import Request
     from nanochat.inference.tool_loop import ToolLoop
     from nanochat.run_context import RunContext
     from nanochat.training.checkpoint import named_checkpoint, tokenizer_of

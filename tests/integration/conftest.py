@@ -71,7 +71,7 @@ def tiny_base(tiny_run, tmp_path_factory) -> Path:
     stream = local_stream(RowReader(shards, "train", 0), 8)
     inputs = TrainingInputs(Tokenizer.load(folder.tokenizer), shards, stream, folder.pretrain)
     config = PretrainConfig(
-        depth=2, head_dim=16, n_embd=32, window_pattern="L", num_steps=2, global_batch_tokens=8 * 64, warmup_steps=5,
+        depth=2, head_dim=32, n_embd=32, window_pattern="L", num_steps=2, global_batch_tokens=8 * 64, warmup_steps=5,
         dtype="float32", compile="off", evaluate_every=0, sample_every=0, checkpoint_every=0, log_every=1,
     )  # fmt: skip
     assert pretrain(config, RunContext(use_gpu=False), inputs) is not None

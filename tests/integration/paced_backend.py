@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.inference.engine import Event, PromptReport, Request
-from nanochat.serving.backend import BackendDeadError, Load, ServedModel
+from nanochat.inference.requests import Event, Load, PromptReport, Request
+from nanochat.serving.backend import BackendDeadError, ServedModel
 
 FACTORY = "paced_backend:PacedBackend"
 TOKEN_S = 0.02

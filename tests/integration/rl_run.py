@@ -1,6 +1,7 @@
 """Reinforcement learning of a tiny model on Ray: the run, its log of samples, and kills while it goes on."""
 
 import json
+import os
 import random
 import sys
 import time
@@ -15,6 +16,9 @@ from nanochat.config.rl import RLConfig, RolloutsConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.storage import RunFolder, StageFolder, read_jsonl
 from nanochat.training.checkpoint import Checkpoint
+
+BACKEND: Any = os.environ.get("NANOCHAT_BACKEND", "native")
+"""Who samples."""
 
 
 def write_problems(folder: Path) -> Path:
@@ -62,7 +66,7 @@ class TinyRL:
         task, held_out = (with_reward(one, config.reward, HERE) for one in practice)
         sampler = GroupSampler(
             config, tokenizer, task, resolve_rl(config, self.base)[0].model, dtype=hardware.dtype,
-            device=hardware.device, running=8,
+            device=hardware.device, running=8, backend=BACKEND,
         )  # fmt: skip
         recording = Recording(LocalRollouts(config, sampler), str(folder))
         return improve(config, run, RLInputs(tokenizer, self.base, held_out, recording, StageFolder(str(folder))))
@@ -78,8 +82,9 @@ class TinyRL:
         from nanochat.training.rl import load_practice, resolve_rl
 
         spec = RolloutSpec(
-            config=config, rollouts=RolloutsConfig(**({"running": 8, "cpus_per_actor": 0.25} | rollouts)),
-            actors=actors, model=resolve_rl(config, self.base)[0].model,
+            config=config, actors=actors,
+            rollouts=RolloutsConfig(**({"running": 8, "cpus_per_actor": 0.25, "backend": BACKEND} | rollouts)),
+            model=resolve_rl(config, self.base)[0].model,
             tokenizer_folder=RunFolder(str(self.root)).tokenizer, tasks_folder=str(self.root / "tasks"),
             working_folder=HERE,
             use_gpu=False,

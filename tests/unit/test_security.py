@@ -83,8 +83,11 @@ def test_what_cannot_run_is_let_pass(source):
     assert what_may_run(source) == []
 
 
-STARTS_PROCESSES = {"inference/sandbox.py", "provenance.py", "cluster/benchmarks.py", "cluster/ingress.py"}
-"""The sandbox; git for the commit; a benchmark of this package; HAProxy."""
+STARTS_PROCESSES = {
+    "inference/sandbox.py", "provenance.py", "cluster/benchmarks.py", "cluster/backend_benchmark.py",
+    "cluster/ingress.py",
+}  # fmt: skip
+"""The sandbox; git for the commit; benchmarks of this package; HAProxy."""
 
 
 def test_code_of_a_model_has_one_way_to_a_processor():
@@ -99,7 +102,7 @@ def test_a_job_that_starts_ray_asks_for_a_token_first(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     starts_ray = any(re.match(r"nanochat\.cluster\.(?!environment|terminal)", module) for module in modules)
-    assert starts_ray == (path.name != "chat.py")
+    assert starts_ray == (path.name not in ("chat.py", "export.py", "import_checkpoint.py"))
     (called,) = re.findall(r"sys\.exit\((?:(\w+)\()?tyro\.(?:cli|extras\.\w+)\((\w+)", ast.unparse(tree))
     (command,) = (
         node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == (called[0] or called[1])

@@ -10,7 +10,7 @@ from test_engine import CALL, CALLED, END, OUTPUT, TOKENIZER, TOLD, Script, spel
 from nanochat.data.conversations import Part, as_messages, parse_conversation, render
 from nanochat.errors import ConfigError
 from nanochat.inference.chat_session import ChatSession
-from nanochat.inference.engine import Event, Request
+from nanochat.inference.requests import Event, Request
 from nanochat.inference.tool_loop import ToolLoop
 
 ROOT = Path(__file__).parents[3]

@@ -15,8 +15,9 @@ from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.completions import complete
 from nanochat.inference.decoding_graphs import DecodingGraphs
-from nanochat.inference.engine import CHUNK_TOKENS, Engine, Event, PromptReport, Request
+from nanochat.inference.engine import CHUNK_TOKENS, Engine
 from nanochat.inference.paged_cache import PAGE_TOKENS, FlatBatch
+from nanochat.inference.requests import Event, PromptReport, Request
 from nanochat.inference.sampling import uniform
 from nanochat.inference.tool_loop import MAX_CALLS, NO_RESULT, ToolLoop
 from nanochat.model.gpt import GPT

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanochat.data.conversations import Part, parse_parts
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.inference.engine import Event
+from nanochat.inference.requests import Event
 from nanochat.inference.text_stream import Piece, StreamPart, TextStream
 
 TOKENIZER = Tokenizer([], SPLIT_PATTERNS["nanochat"])  # bytes alone: every other character takes several tokens

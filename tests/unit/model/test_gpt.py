@@ -306,6 +306,10 @@ def test_initialisation_draws_every_parameter():
     model.initialize(torch.Generator().manual_seed(0))
     state = model.state_dict()
     assert all(value.isfinite().all() for value in state.values())
+    for name in ("transformer.wte.weight", "lm_head.weight", "value_embeds.0.weight"):
+        rows, padding = state[name].split([50, 14])
+        assert padding.abs().max() == 0, name
+        state[name] = rows
     assert state["transformer.wte.weight"].std().item() == pytest.approx(0.8, rel=0.1)
     assert state["lm_head.weight"].std().item() == pytest.approx(0.001, rel=0.1)
     for name in ("transformer.h.1.attn.c_q", "transformer.h.1.attn.c_k", "transformer.h.1.attn.c_v", "value_embeds.0"):

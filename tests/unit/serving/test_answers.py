@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat.config.serving import ServingConfig
+from nanochat.inference.requests import Load
 from nanochat.serving.answers import Admission
-from nanochat.serving.backend import Load
 from nanochat.serving.errors import ApiError
 
 

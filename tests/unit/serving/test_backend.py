@@ -14,10 +14,11 @@ from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import ConfigError
 from nanochat.inference.completions import complete
-from nanochat.inference.engine import Engine, Event, Request
+from nanochat.inference.engine import Engine
+from nanochat.inference.requests import Event, Request
 from nanochat.inference.tool_loop import ToolLoop
 from nanochat.model.gpt import GPT
-from nanochat.serving.backend import BackendDeadError, Hosted, NativeBackend, ServedModel
+from nanochat.serving.backend import BackendDeadError, EngineBackend, Hosted, ServedModel
 from nanochat.storage import RunFolder
 from nanochat.training.checkpoint import CheckpointWriter, newest_of
 
@@ -47,7 +48,7 @@ def engines():
 
 @pytest.fixture
 def backend(engines):
-    opened = NativeBackend([hosted(name, engine) for name, engine in engines.items()])
+    opened = EngineBackend([hosted(name, engine) for name, engine in engines.items()])
     yield opened
     opened.close()
 
@@ -57,7 +58,7 @@ def request(prompt: str = "hello", **changes) -> Request:
     return Request(prompt=tuple(prompt.encode()), **values)
 
 
-async def tokens_of(backend: NativeBackend, model: str, wanted: Request) -> list[int]:
+async def tokens_of(backend: EngineBackend, model: str, wanted: Request) -> list[int]:
     async with aclosing(backend.generate(model, wanted)) as batches:
         return [event.token async for events in batches for event in events]
 
@@ -134,7 +135,7 @@ def test_when_the_engine_dies_all_who_wait_hear_of_it_at_once_and_so_does_who_co
                 raise RuntimeError("CUDA error: an illegal memory access")
             return engine.step()
 
-    backend = NativeBackend([hosted("one", engine, Dying())])
+    backend = EngineBackend([hosted("one", engine, Dying())])
 
     async def run():
         waiting = [asyncio.create_task(tokens_of(backend, "one", request(seed=n))) for n in range(5)]
@@ -179,7 +180,7 @@ def test_models_are_read_from_a_path_or_uri_and_answer_alike(tmp_path, where, mo
     run_dir = str(tmp_path / "run") if where == "local" else f"memory://{uuid.uuid4().hex}"
     folder = write_chat_checkpoint(run_dir)
     config = ServingConfig(run_dir=run_dir, models=("sft", f"other={folder}"), dtype="float32", max_running=2)
-    opened = NativeBackend.open(config)
+    opened = EngineBackend.open(config)
     try:
         found = opened.models["other"]
         assert (found.checkpoint, found.is_chat, found.capacity) == (folder, True, 128)

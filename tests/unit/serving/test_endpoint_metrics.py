@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nanochat.config.serving import ServingConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.inference.engine import Request
+from nanochat.inference.requests import Load, Request
 from nanochat.serving.answers import Admission, Answers
-from nanochat.serving.backend import Load, ServedModel
+from nanochat.serving.backend import ServedModel
 from nanochat.serving.metrics import Metrics
 
 DASHBOARD = Path(__file__).parents[3] / "grafana_dashboard.json"

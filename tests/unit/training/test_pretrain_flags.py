@@ -8,7 +8,8 @@ from tiny_pretraining import tiny_config
 
 from nanochat import storage
 from nanochat.inference.completions import complete
-from nanochat.inference.engine import Engine, Request
+from nanochat.inference.engine import Engine
+from nanochat.inference.requests import Request
 from nanochat.model import gpt
 from nanochat.model.gpt import GPT
 from nanochat.model.optimizer import StepSchedule

@@ -1,0 +1,127 @@
+"""A checkpoint to a folder that Hugging Face's tools read, and such a folder back to a checkpoint's parts.
+
+Beside config and weights (`hf_model.py`) lie the tokenizer and its chat template (`hf_tokenizer.py`), how to sample,
+the model card, and for what transformers does not know the code (`modeling_nanochat.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from nanochat import storage
+from nanochat.config.exchange import ExportConfig
+from nanochat.config.model import ModelConfig
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import CheckpointError, ConfigError
+from nanochat.exchange.hf_model import (
+    CODE,
+    MODEL_TYPE,
+    check_exportable,
+    exported_config,
+    exported_tensors,
+    read_model,
+    read_object,
+    write_model,
+)
+from nanochat.exchange.hf_tokenizer import chat_template, tokenizer_config, tokenizer_from_json, tokenizer_json
+from nanochat.exchange.model_card import model_card
+from nanochat.model.transformers_names import is_stock
+from nanochat.training.checkpoint import config_of, named_checkpoint, tokenizer_of
+
+KIND = "nanochat_on_ray"
+"""The key in config.json under which is said what a model can do that its architecture does not tell."""
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """What such a folder holds."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """float32, under our names, the vocabulary padded with zeros."""
+    tokenizer: Tokenizer
+    is_chat: bool
+    """Whether it was fine-tuned on conversations."""
+    generation: dict[str, float] = field(default_factory=dict)
+    """Sampling parameters where a request names none."""
+
+
+def write_folder(
+    folder: str, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, *, is_chat: bool,
+    generation: Mapping[str, float], dtype: torch.dtype = torch.float32, card: str | None = None,
+) -> None:  # fmt: skip
+    """Write all files, config.json last. Raises: ConfigError if the model cannot be exported."""
+    content = exported_config(config, dtype)
+    end = tokenizer.special("<|assistant_end|>") if is_chat else tokenizer.bos
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": tokenizer.bos}
+    sampling = {name: generation[name] for name in SAMPLING if name in generation}
+    objects = {
+        "tokenizer.json": tokenizer_json(tokenizer),
+        "tokenizer_config.json": tokenizer_config(tokenizer, config.sequence_len, is_chat),
+        "generation_config.json": ids
+        | {"eos_token_id": sorted({end, tokenizer.bos}), "do_sample": bool(sampling.get("temperature"))}
+        | sampling,
+    }
+    texts = {"chat_template.jinja": chat_template()} if is_chat else {}
+    if content["model_type"] == MODEL_TYPE:
+        texts[f"{CODE}.py"] = resources.files("nanochat.exchange").joinpath(f"{CODE}.py").read_text("utf-8")
+    if card is not None:
+        texts["README.md"] = card
+    for name, one in objects.items():
+        storage.write_json(storage.join(folder, name), one)
+    for name, text in texts.items():
+        with storage.atomic_write(storage.join(folder, name)) as file:
+            file.write(text.encode())
+    write_model(folder, content | ids | {KIND: {"is_chat": is_chat}}, exported_tensors(tensors, config, dtype))
+
+
+def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
+    """Write the folder that a config asks for and return its path; `note` hears of damaged checkpoints.
+
+    Raises: CheckpointError if there is no such model; ConfigError if it cannot be exported, or the folder holds files.
+    """
+    checkpoint = named_checkpoint(config.run_dir, config.model, note)
+    tokenizer = Tokenizer.load(tokenizer_of(config.run_dir, checkpoint.folder))
+    model = config_of(checkpoint, tokenizer)
+    check_exportable(model)
+    folder = storage.absolute(config.output)
+    if found := storage.list_names(folder):
+        raise ConfigError(f"output={folder}: holds {found[0]}. Name an empty folder with --output, or delete this one.")
+    write_folder(
+        folder, model, checkpoint.model_tensors(), tokenizer, is_chat=checkpoint.is_chat,
+        generation=checkpoint.generation, dtype=getattr(torch, config.dtype),
+        card=model_card(config.run_dir, checkpoint, is_stock(model)),
+    )  # fmt: skip
+    return folder
+
+
+def read_folder(folder: str) -> HfModel:
+    """Return what a folder of a NanoChat model holds, ours or transformers' own; nothing in it is run.
+
+    Raises: CheckpointError, ConfigError or DataError naming the file, field or tensor that does not fit.
+    """
+    config, tensors = read_model(folder)
+    tokenizer = tokenizer_from_json(read_object(folder, "tokenizer.json"), storage.join(folder, "tokenizer.json"))
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"vocab_size={config.vocab_size}: the tokenizer in {folder} has {tokenizer.vocab_size} tokens. "
+            "Both must be of one model."
+        )
+    told = read_object(folder, "config.json").get(KIND)
+    has_template = storage.exists(storage.join(folder, "chat_template.jinja"))
+    is_chat = bool(told.get("is_chat")) if isinstance(told, dict) else has_template
+    return HfModel(config, tensors, tokenizer, is_chat, _generation(folder))
+
+
+def _generation(folder: str) -> dict[str, float]:
+    if not storage.exists(storage.join(folder, "generation_config.json")):
+        return {}
+    content = read_object(folder, "generation_config.json")
+    found = {name: content[name] for name in SAMPLING if name in content}
+    return {
+        name: one for name, one in found.items() if isinstance(one, int | float) and not isinstance(one, bool)
+    }  # fmt: skip

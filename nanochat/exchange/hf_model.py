@@ -1,0 +1,210 @@
+"""Config and weights of a model to Hugging Face's files and back: the part of a folder that has no words in it.
+
+`architecture=stock` is transformers' own `NanoChatForCausalLM`, which unmodified transformers and vLLM load. Any other
+model keeps our parameter names under a model type of its own: `modeling_nanochat.py` is its code for transformers,
+`nanochat/inference/vllm_model.py` the one for vLLM. Rows that pad the vocabulary stay here: they are untrained, and
+others would sample their ids. Both ways the bits of all other rows are the same.
+
+Not covered: smear, which neither target has a place for; writing shards of 5 GB (nanochat's models are small).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from nanochat import storage
+from nanochat.config.model import STOCK, ModelConfig
+from nanochat.errors import CheckpointError, ConfigError, excerpt
+from nanochat.model.gpt import GPT
+from nanochat.model.transformers_names import from_transformers, is_stock, to_transformers, transformers_config
+
+MODEL_TYPE = "nanochat_on_ray"
+ARCHITECTURE = "NanochatOnRayForCausalLM"
+CODE = "modeling_nanochat"
+STOCK_TYPE, STOCK_ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
+LARGEST_JSON_BYTES = 1 << 26
+LARGEST_VOCABULARY = 1 << 20
+
+
+def check_exportable(config: ModelConfig) -> None:
+    """Raise ConfigError if a model has a part that no target can do."""
+    if config.smear:
+        raise ConfigError(
+            "smear=True: neither transformers nor vLLM gives a model the token before a chunk, so answers would be "
+            "wrong without a word. Serve it with the native backend, or train with --smear False."
+        )
+
+
+def own_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what config.json says of a model of our own type, without what its tokenizer decides."""
+    return {
+        "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE],
+        "auto_map": {"AutoConfig": f"{CODE}.NanochatOnRayConfig", "AutoModelForCausalLM": f"{CODE}.{ARCHITECTURE}"},
+        "dtype": str(dtype).removeprefix("torch."), **asdict(config), "windows": config.windows,
+        "head_dim": config.head_dim,
+    }  # fmt: skip
+
+
+def own_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of a model of our own type: under our names, without padding."""
+    return {
+        name: (one[: config.vocab_size] if is_vocabulary(name) else one).to(dtype).contiguous()
+        for name, one in tensors.items()
+    }
+
+
+def write_model(folder: str, content: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write weights, then config.json."""
+    with storage.atomic_write(storage.join(folder, "model.safetensors")) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    storage.write_json(storage.join(folder, "config.json"), content)
+
+
+def stock_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the same for `NanoChatForCausalLM`."""
+    return {
+        "model_type": STOCK_TYPE, "architectures": [STOCK_ARCHITECTURE], "dtype": str(dtype).removeprefix("torch."),
+        **transformers_config(config),
+    }  # fmt: skip
+
+
+def exported_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the content of config.json that others can do most with. Raises: ConfigError as `check_exportable`."""
+    check_exportable(config)
+    return stock_config(config, dtype) if is_stock(config) else own_config(config, dtype)
+
+
+def exported_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the weights that belong to `exported_config`."""
+    if not is_stock(config):
+        return own_tensors(tensors, config, dtype)
+    return {name: one.to(dtype).contiguous() for name, one in to_transformers(tensors, config).items()}
+
+
+def read_object(folder: str, name: str) -> dict[str, Any]:
+    """Return a JSON object of a folder. Raises: CheckpointError if it is not there or is none."""
+    path = storage.join(folder, name)
+    if not storage.exists(path):
+        raise CheckpointError(f"source={folder}: has no {name}. Name a whole folder as Hugging Face's tools write it.")
+    if storage.size_bytes(path) > LARGEST_JSON_BYTES:
+        raise CheckpointError(f"source={path}: is larger than {LARGEST_JSON_BYTES} bytes. Fetch it again.")
+    try:
+        content = storage.read_json(path)
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"source={path}: is no JSON ({excerpt(err)}). Fetch it again.") from err
+    if not isinstance(content, dict):
+        raise CheckpointError(f"source={path}: must hold an object. Fetch it again.")
+    return content
+
+
+def read_model(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return our config and float32 weights under our names, the vocabulary padded with zeros.
+
+    Raises: CheckpointError or ConfigError naming the file, field or tensor that does not fit.
+    """
+    content = read_object(folder, "config.json")
+    kind = content.get("model_type")
+    if kind not in (MODEL_TYPE, STOCK_TYPE):
+        raise CheckpointError(
+            f"source={folder}: config.json has model_type={excerpt(kind)}, must be {STOCK_TYPE} or {MODEL_TYPE}. "
+            "Name a folder of a NanoChat model."
+        )
+    config = _own_config(folder, content) if kind == MODEL_TYPE else _stock_config(folder, content)
+    return config, _fitted(folder, _tensors(folder), config, kind == STOCK_TYPE)
+
+
+def _own_config(folder: str, content: dict[str, Any]) -> ModelConfig:
+    given = {one.name: content[one.name] for one in fields(ModelConfig) if one.name in content}
+    config = _made(folder, given)
+    if content.get("windows", config.windows) != config.windows:
+        raise CheckpointError(f"windows={excerpt(content['windows'])}: must be {config.windows}, by window_pattern.")
+    return config
+
+
+def _stock_config(folder: str, content: dict[str, Any]) -> ModelConfig:
+    """Return our config for `NanoChatConfig`'s fields. Raises: ConfigError for a value that we have no part for."""
+    rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta", STOCK["rope_theta"])}
+    theirs = {"vocab_size": 50304, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 6,
+              "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "final_logit_softcapping": 15.0}  # fmt: skip
+    value = {name: content.get(name, default) for name, default in theirs.items()}
+    given = STOCK | {
+        "sequence_len": value["max_position_embeddings"], "vocab_size": value["vocab_size"],
+        "n_layer": value["num_hidden_layers"], "n_head": value["num_attention_heads"], "n_embd": value["hidden_size"],
+        "n_kv_head": content.get("num_key_value_heads") or value["num_attention_heads"],
+        "rope_theta": rope.get("rope_theta", STOCK["rope_theta"]) if isinstance(rope, dict) else rope,
+        "norm_eps": value["rms_norm_eps"], "logit_softcap": value["final_logit_softcapping"],
+    }  # fmt: skip
+    config = _made(folder, given)
+    wanted = transformers_config(config)
+    for name in ("intermediate_size", "hidden_act", "attention_bias", "tie_word_embeddings"):
+        if content.get(name, wanted[name]) != wanted[name]:
+            raise ConfigError(f"{name}={excerpt(content[name])}: must be {wanted[name]} here. Name another model.")
+    if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"rope_type={excerpt(rope['rope_type'])}: must be default here. Name another model.")
+    return config
+
+
+def _made(folder: str, given: dict[str, Any]) -> ModelConfig:
+    defaults = asdict(ModelConfig())
+    for name, value in given.items():
+        expected = float if name == "norm_eps" else type(defaults[name])
+        fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
+        if (isinstance(value, bool) and expected is not bool) or not (fits or (name == "norm_eps" and value is None)):
+            raise CheckpointError(
+                f"source={folder}: config.json has {name}={excerpt(repr(value))}, no {expected.__name__}."
+            )
+    if not 0 < given.get("vocab_size", 1) <= LARGEST_VOCABULARY:
+        raise CheckpointError(f"source={folder}: config.json has vocab_size={excerpt(given['vocab_size'])}.")
+    return ModelConfig(**given)
+
+
+def _tensors(folder: str) -> dict[str, Tensor]:
+    """Return the tensors of all files of weights."""
+    names = {"model.safetensors"}
+    if storage.exists(storage.join(folder, "model.safetensors.index.json")):
+        index = read_object(folder, "model.safetensors.index.json").get("weight_map")
+        names = {str(name) for name in index.values()} if isinstance(index, dict) else set()
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(names):
+        path = storage.join(folder, name)
+        if "/" in name or not name.endswith(".safetensors") or not storage.exists(path):
+            raise CheckpointError(f"source={folder}: has no weights {excerpt(name)}. Fetch all files of the model.")
+        try:
+            with storage.open_read(path) as file:
+                tensors |= load(file.read())
+        except (SafetensorError, ValueError) as err:
+            raise CheckpointError(f"source={path}: cannot be read ({excerpt(err)}). Fetch it again.") from err
+    return tensors
+
+
+def _fitted(folder: str, found: dict[str, Tensor], config: ModelConfig, stock: bool) -> dict[str, Tensor]:
+    """Return tensors under our names, padded. Raises: CheckpointError naming what is missing, unknown or misshapen."""
+    with torch.device("meta"):
+        own = {name: tensor for name, tensor in GPT(config).named_parameters()}
+    expected = to_transformers(own, config) if stock else own_tensors(own, config, torch.float32)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in expected:
+            raise CheckpointError(f"source={folder}: has a tensor {excerpt(name)} that this architecture lacks.")
+        if name not in found:
+            raise CheckpointError(f"source={folder}: lacks the tensor {name}. Fetch all files of the model.")
+        if found[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"source={folder}: {name} is of shape {tuple(found[name].shape)}, must be "
+                f"{tuple(expected[name].shape)} by config.json."
+            )
+    floats = {name: tensor.float() for name, tensor in found.items()}
+    if stock:
+        return from_transformers(floats, config)
+    spare = config.padded_vocab_size - config.vocab_size
+    return {name: F.pad(one, (0, 0, 0, spare)) if is_vocabulary(name) else one for name, one in floats.items()}
+
+
+def is_vocabulary(name: str) -> bool:
+    """Tell whether a parameter, by our name, has a row for each token."""
+    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
