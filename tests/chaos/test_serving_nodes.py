@@ -18,6 +18,9 @@ from nanochat.cluster.load_generator import Timing, ask
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
+BACKEND = os.environ.get("NANOCHAT_BACKEND", "native")
+LOADING_S = {"native": 0.0, "vllm": 25.0}[BACKEND]
+"""A replica's process is there before its model is: a kill would hit nobody."""
 BODY = {"model": "sft", "prompt": "Once", "max_tokens": 100}
 
 
@@ -81,7 +84,7 @@ def test_replicas_spread_over_nodes_and_a_dead_node_fails_no_request(cluster: Si
     address = f"http://127.0.0.1:{port}"
     job = cluster.start(
         "ray_jobs/serve.py", "--run-dir", str(run_dir), "--models", "sft", "--port", str(port), "--address", "auto",
-        "--backend", os.environ.get("NANOCHAT_BACKEND", "native"),
+        "--backend", BACKEND,
         "--replica-by-label",
         "--min-replicas", "1", "--max-replicas", "3", "--target-ongoing-requests", "3",
         "--look-back-s", "2", "--upscale-delay-s", "1", "--downscale-delay-s", "5", "--health-check-s", "0.5",
@@ -94,6 +97,7 @@ def test_replicas_spread_over_nodes_and_a_dead_node_fails_no_request(cluster: Si
     load.start()
     try:
         up_s = until(lambda: len(set(replica_nodes(cluster))) == 3, 60)
+        time.sleep(LOADING_S)
         gone = cluster.nodes["serve"][-1].node_id
         assert gone in replica_nodes(cluster)
         cluster.kill("serve")
