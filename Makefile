@@ -23,7 +23,7 @@ help:
 	@echo "make test-all  everything that runs by itself; make soak: the long fault tests"
 	@echo "make vllm      vLLM for CPUs in .venv-vllm, for backend=vllm; make test-vllm: the tests that need it"
 	@echo "               TORCH_INDEX=https://download.pytorch.org/whl/cpu  has the build of torch that it asks for"
-	@echo "make audit     known vulnerabilities of the releases in constraints.txt"
+	@echo "make audit     known vulnerabilities of the releases in constraints.txt and constraints-vllm.txt"
 	@echo "make lock      constraints.txt after a change of pyproject.toml; delete it first to take newer releases of all"
 	@echo "make clean     delete .venv and caches; runs/ stays"
 
@@ -47,7 +47,8 @@ test-vllm: $(VLLM_VENV)/installed
 	@OMP_NUM_THREADS=1 NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/e2e/test_api_*.py \
 	  -m "not soak and not gpu" --timeout 300
 	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/integration/test_serving.py \
-	  -k "not (others_reach or no_proxy or config_file_is_served or ctrl_c)" --timeout 300
+	  -k "not (others_reach or no_proxy or ctrl_c)" --timeout 300
+	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/integration/test_rl.py -k actors_sample --timeout 300
 
 vllm: $(VLLM_VENV)/installed
 
@@ -57,7 +58,7 @@ soak: $(VENV)/installed-dev
 # First a release that is known to be vulnerable: a service that finds nothing wrong with it finds nothing at all.
 audit: $(VENV)/installed-dev
 	@audit() { $(bin)/pip-audit -s osv --no-deps --disable-pip --progress-spinner off $(AUDIT_FLAGS) -r "$$1"; }; \
-	if audit <(echo urllib3==1.24.1) 2>/dev/null | grep -q '^urllib3 *1\.24\.1'; then audit constraints.txt; \
+	if audit <(echo urllib3==1.24.1) 2>/dev/null | grep -q '^urllib3 *1\.24\.1'; then audit constraints.txt && audit constraints-vllm.txt; \
 	else echo "not audited: no service of known vulnerabilities can be reached from here"; fi
 
 lint: $(VENV)/installed-dev

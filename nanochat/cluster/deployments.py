@@ -73,7 +73,8 @@ class Endpoint:
             "process": begun_s - psutil.Process().create_time(), "imports": imported_s - begun_s,
             "weights_and_warm_up": time.time() - imported_s,
         }  # fmt: skip
-        log.info(json.dumps({"cold_start_s": {name: round(value, 2) for name, value in cold_start.items()}}))
+        told = {name: round(value, 2) for name, value in cold_start.items()}
+        log.info(json.dumps({"backend": serving.backend, "dtype": serving.dtype, "cold_start_s": told}))
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.asgi

@@ -37,7 +37,7 @@ def endpoint_session(
     no replica starts.
     """
     serving = pinned(serving if is_joined(cluster) else check_address(serving), terminal.line)
-    terminal.line(f"models     {', '.join(serving.models)}")
+    terminal.line(f"models     {', '.join(serving.models)}; engine {serving.backend}, {serving.dtype}")
     with serve_session(serving, replicas, cluster) as address:
         from nanochat.cluster.deployments import deploy, end
 

@@ -46,6 +46,8 @@ def measure_int8(run_dir: str) -> dict[str, Any]:
     base = {dtype: load_model(checkpoint, tokenizer, RunContext(), dtype) for dtype in ("bfloat16", "int8")}
     results: dict[str, Any] = {f"bits_per_byte_{dtype}": _bits(model, folder) for dtype, model in base.items()}
     for name, pair in (("base", base), (f"depth_{DEPTH}", _random_pair())):
+        for model in pair.values():
+            timed(Engine(model, max_running=1), 1, seed=0)
         results[name] = {f"c{count}": _compare(pair, count) for count in CONCURRENCY}
     return results
 
@@ -66,10 +68,10 @@ def _bits(model: GPT, folder: RunFolder) -> float:
 
 def _compare(pair: dict[str, GPT], count: int) -> dict[str, float]:
     speeds: dict[str, list[float]] = {dtype: [] for dtype in pair}
-    for number in range(-1, ROUNDS):  # the first is a warm-up
+    for number in range(ROUNDS):
         for dtype, model in pair.items():
-            figures = timed(Engine(model, max_running=count), count, seed=1000 * count + number)
-            speeds[dtype] += [figures["tokens_per_s"]] if number >= 0 else []
+            engine = Engine(model, max_running=count)
+            speeds[dtype].append(timed(engine, count, seed=1000 * count + number)["tokens_per_s"])
     ratios = [whole / half for half, whole in zip(*speeds.values(), strict=True)]
     medians = {f"tokens_per_s_{dtype}": statistics.median(found) for dtype, found in speeds.items()}
     return medians | {"int8_over_bfloat16": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}

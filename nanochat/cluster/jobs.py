@@ -178,7 +178,8 @@ def finetune_chat(run_dir: str, config: SftConfig, cluster: ClusterConfig, termi
             f"           fewer rows than a step has: each step sees them {sft.plan.rows_per_step / rows:.1f} times. "
             "--global-batch-tokens makes steps smaller."
         )
-    terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in sft.inherited.items())}")
+    source = "by size    " if "imported" in base.state["stage"] else "inherited  "  # an import has no rates
+    terminal.line(source + ", ".join(f"{name} {value:g}" for name, value in sft.inherited.items()))
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
         terminal.line(

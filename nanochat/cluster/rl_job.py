@@ -74,6 +74,8 @@ def practise(
     """
     folder, config, base = RunFolder(run_dir), practice.config, practice.base
     plan, inherited, task, held_out = practice.plan, practice.inherited, practice.task, practice.held_out
+    if rollouts.backend == "vllm":
+        check_vllm(plan.model)
     begin_stage(
         folder.rl.root, {"rl": config, "rollouts": rollouts},
         plan.as_json() | {"inherited": inherited, "base": base.folder, "base_sha256": base.weights_sha256},
@@ -82,9 +84,6 @@ def practise(
     scored = min(config.held_out_problems, len(held_out))
     terminal.line(f"practice   {config.task}: {len(task):,} problems, {scored} of {len(held_out):,} held out")
     terminal.line(f"inherited  {', '.join(f'{name} {value:g}' for name, value in inherited.items())}")
-
-    if rollouts.backend == "vllm":
-        check_vllm(plan.model)
 
     def train(watch: Callable[[], None]) -> Checkpoint | None:
         start_ray()

@@ -15,7 +15,7 @@ from nanochat import storage
 from nanochat.config.exchange import ExportConfig
 from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.errors import CheckpointError, ConfigError
+from nanochat.errors import CheckpointError, ConfigError, excerpt
 from nanochat.exchange.hf_model import (
     CODE,
     MODEL_TYPE,
@@ -33,7 +33,10 @@ from nanochat.training.checkpoint import config_of, named_checkpoint, tokenizer_
 
 KIND = "nanochat_on_ray"
 """The key in config.json under which is said what a model can do that its architecture does not tell."""
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = {
+    "temperature": (0, 2), "top_k": (0, 1 << 20), "top_p": (1e-6, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 10),
+}  # fmt: skip
+"""What a checkpoint says of sampling where a request does not, and within which bounds."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,15 @@ def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
     check_exportable(model)
     folder = storage.absolute(config.output)
     if found := storage.list_names(folder):
-        raise ConfigError(f"output={folder}: holds {found[0]}. Name an empty folder with --output, or delete this one.")
-    write_folder(
-        folder, model, checkpoint.model_tensors(), tokenizer, is_chat=checkpoint.is_chat,
-        generation=checkpoint.generation, dtype=getattr(torch, config.dtype),
-        card=model_card(config.run_dir, checkpoint, is_stock(model)),
-    )  # fmt: skip
+        raise ConfigError(f"output={folder}: holds {found[0]} already. Name another folder with --output.")
+    card = model_card(config.run_dir, checkpoint, is_stock(model))
+    try:
+        write_folder(
+            folder, model, checkpoint.model_tensors(), tokenizer, is_chat=checkpoint.is_chat,
+            generation=checkpoint.generation, dtype=getattr(torch, config.dtype), card=card,
+        )  # fmt: skip
+    except OSError as err:
+        raise ConfigError(f"output={folder}: cannot be written ({excerpt(err)}). Name another folder.") from err
     return folder
 
 
@@ -121,7 +127,13 @@ def _generation(folder: str) -> dict[str, float]:
     if not storage.exists(storage.join(folder, "generation_config.json")):
         return {}
     content = read_object(folder, "generation_config.json")
-    found = {name: content[name] for name in SAMPLING if name in content}
-    return {
-        name: one for name, one in found.items() if isinstance(one, int | float) and not isinstance(one, bool)
-    }  # fmt: skip
+    found = {name: content[name] for name in SAMPLING if content.get(name) is not None}
+    for name, value in found.items():
+        low, high = SAMPLING[name]
+        is_number = isinstance(value, int if name == "top_k" else int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high:
+            raise CheckpointError(
+                f"source={folder}: generation_config.json has {name}={excerpt(value)}, must be a number from {low} to "
+                f"{high}. Mend it, or delete the file."
+            )
+    return found

@@ -8,6 +8,7 @@ others would sample their ids. Both ways the bits of all other rows are the same
 Not covered: smear, which neither target has a place for; writing shards of 5 GB (nanochat's models are small).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -29,7 +30,12 @@ ARCHITECTURE = "NanochatOnRayForCausalLM"
 CODE = "modeling_nanochat"
 STOCK_TYPE, STOCK_ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
 LARGEST_JSON_BYTES = 1 << 26
-LARGEST_VOCABULARY = 1 << 20
+LARGEST = {
+    "sequence_len": 1 << 20, "vocab_size": 1 << 20, "n_layer": 1 << 9, "n_head": 1 << 9, "n_kv_head": 1 << 9,
+    "n_embd": 1 << 15,
+}  # fmt: skip
+"""Of a stranger's config: what it says is built before it is compared with the weights."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_exportable(config: ModelConfig) -> None:
@@ -52,7 +58,14 @@ def own_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def own_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of a model of our own type: under our names, without padding."""
+    """Return the tensors of a model of our own type: under our names, without padding.
+
+    Raises: CheckpointError if one is missing, or there is another.
+    """
+    with torch.device("meta"):
+        expected = {name for name, _ in GPT(config).named_parameters()}
+    if different := sorted(expected ^ tensors.keys()):
+        raise CheckpointError(f"weights: {different[0]} is missing or not of this model. Use the whole checkpoint.")
     return {
         name: (one[: config.vocab_size] if is_vocabulary(name) else one).to(dtype).contiguous()
         for name, one in tensors.items()
@@ -145,8 +158,14 @@ def _stock_config(folder: str, content: dict[str, Any]) -> ModelConfig:
     for name in ("intermediate_size", "hidden_act", "attention_bias", "tie_word_embeddings"):
         if content.get(name, wanted[name]) != wanted[name]:
             raise ConfigError(f"{name}={excerpt(content[name])}: must be {wanted[name]} here. Name another model.")
-    if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_type={excerpt(rope['rope_type'])}: must be default here. Name another model.")
+    known = {"rope_theta": config.rope_theta, "rope_type": "default", "type": "default"}
+    for name, value in rope.items() if isinstance(rope, dict) else ():
+        if name not in known or value != known[name]:
+            raise ConfigError(f"rope_parameters.{excerpt(name)}={excerpt(value)}: positions are turned otherwise here. "
+                              "Name another model.")  # fmt: skip
+    for name in ("rope_scaling", "quantization_config"):
+        if content.get(name) is not None:
+            raise ConfigError(f"{name}={excerpt(content[name])}: there is no such thing here. Name another model.")
     return config
 
 
@@ -159,8 +178,10 @@ def _made(folder: str, given: dict[str, Any]) -> ModelConfig:
             raise CheckpointError(
                 f"source={folder}: config.json has {name}={excerpt(repr(value))}, no {expected.__name__}."
             )
-    if not 0 < given.get("vocab_size", 1) <= LARGEST_VOCABULARY:
-        raise CheckpointError(f"source={folder}: config.json has vocab_size={excerpt(given['vocab_size'])}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"source={folder}: config.json has {name}={value}, which is no finite number.")
+        if isinstance(value, int) and name in LARGEST and not 0 < value <= (most := LARGEST[name]):
+            raise CheckpointError(f"source={folder}: config.json has {name}={value}, at most {most} can be.")
     return ModelConfig(**given)
 
 
@@ -198,6 +219,8 @@ def _fitted(folder: str, found: dict[str, Tensor], config: ModelConfig, stock: b
                 f"source={folder}: {name} is of shape {tuple(found[name].shape)}, must be "
                 f"{tuple(expected[name].shape)} by config.json."
             )
+        if found[name].dtype not in DTYPES or not found[name].isfinite().all():
+            raise CheckpointError(f"source={folder}: {name} must hold finite floating-point numbers. Name another.")
     floats = {name: tensor.float() for name, tensor in found.items()}
     if stock:
         return from_transformers(floats, config)

@@ -132,7 +132,7 @@ def _base_of(stage: TrainedStage, run_dir: str) -> Checkpoint | None:
     if place is None:
         return None
     moved = step_folder(getattr(RunFolder(run_dir), place["stage"]).checkpoints, int(place["step"]))
-    for base in map(Checkpoint, (place[0], moved)):
+    for base in map(Checkpoint, (moved, place[0])):  # of a copied run the copy, or what it took would count twice
         try:
             is_whole = problem_with(base.folder, verify=False) is None
         except (ConfigError, OSError):  # an address that cannot be read from here

@@ -9,6 +9,7 @@ Sources: nanochat checkpoint_manager.py, and gpt.py of 2025-10 and @92d63d4.
 Not covered: versions between the two, and its optimiser state.
 """
 
+import zipfile
 from typing import Any
 
 import torch
@@ -93,6 +94,10 @@ def _state_dict(path: str) -> dict[str, Tensor]:
     """Return the tensors of a file as it has them."""
     try:
         with storage.open_read(path) as file:
+            # torch.save packs nothing; of a file that is packed a small one could fill the memory.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+                raise ValueError("it is packed")
+            file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as err:  # of a damaged file each part of torch says so with another class
         raise CheckpointError(f"model={path}: cannot be read ({excerpt(err)}). Name a model_*.pt of nanochat.") from err

@@ -17,15 +17,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanochat.errors import ConfigError
 from nanochat.inference.decoding_graphs import DecodingGraphs
 from nanochat.inference.drawing import Answer, draw
 from nanochat.inference.page_pool import ROOT, PagePool
-from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, cache_bytes, pages_for
+from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, check_room, pages_for
 from nanochat.inference.requests import Event, Load, Request
 from nanochat.inference.sampling import likelihoods
 from nanochat.model.gpt import GPT
-from nanochat.training.hardware import Hardware
 
 CHUNK_TOKENS = 96
 """Of a prompt in one step. At 128 prompts make the answers beside them stutter 2.6 times their pace, at 96 2.2 times,
@@ -71,13 +69,7 @@ class Engine:
         longest = longest or model.config.sequence_len
         pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
         self.capacity = min(longest, pages * PAGE_TOKENS)
-        free = Hardware(self.device, model.compute_dtype, "").free_bytes()
-        if (needed := cache_bytes(model.config, pages + 1, model.compute_dtype)) > free:
-            raise ConfigError(
-                f"max_running={max_running}: the keys and values of {pages * PAGE_TOKENS:,} tokens need "
-                f"{needed / 2**30:.2f} GiB, the device has {free / 2**30:.2f} GiB free. Lower --max-running or "
-                "--kv-cache-tokens; --running of those who sample."
-            )
+        check_room(model.config, pages + 1, model.compute_dtype, self.device)
         self.cache = PagedKVCache(model.config, pages + 1, model.compute_dtype, self.device)
         self.pool = PagePool(pages + 1, PAGE_TOKENS)
         self.graphs = DecodingGraphs(model, self.cache) if self.device.type == "cuda" else None

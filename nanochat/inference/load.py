@@ -53,15 +53,21 @@ def load_engine(
     """
     if config.backend == "native":
         model = load_model(checkpoint, tokenizer, RunContext(), config.dtype)
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+        leave_a_core(model.lm_head.weight.device)
         return Engine(model, max_running=config.max_running, cache_tokens=cache_tokens)
     assert config.dtype != "int8", "its config says so"
     hardware = choose_hardware(LearnerConfig(dtype=config.dtype), RunContext())
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    leave_a_core(hardware.device)
     return VllmEngine(
         config_of(checkpoint, tokenizer), checkpoint.model_tensors(), dtype=hardware.dtype, device=hardware.device,
         max_running=config.max_running, cache_tokens=cache_tokens,
     )  # fmt: skip
+
+
+def leave_a_core(device: torch.device) -> None:
+    """On a CPU, compute on all cores but one."""
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 def inference_copy(model: GPT) -> GPT:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from nanochat.config.model import ModelConfig
+from nanochat.errors import ConfigError
 from nanochat.model.attention import attention
+from nanochat.training.hardware import Hardware
 
 PAGE_TOKENS = 32
 
@@ -44,6 +46,18 @@ def pages_for(tokens: int) -> int:
 def cache_bytes(config: ModelConfig, pages: int, dtype: torch.dtype) -> int:
     """Return what the keys and values of so many pages take."""
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * pages * PAGE_TOKENS * dtype.itemsize
+
+
+def check_room(config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return what so many pages take. Raises: ConfigError if the device has not so much free."""
+    free = Hardware(device, dtype, "").free_bytes()
+    if (needed := cache_bytes(config, pages, dtype)) > free:
+        raise ConfigError(
+            f"max_running: the keys and values of {pages * PAGE_TOKENS:,} tokens need {needed / 2**30:.2f} GiB, the "
+            f"device has {free / 2**30:.2f} GiB free. Lower --max-running or --kv-cache-tokens; --running of those who "
+            "sample."
+        )
+    return needed
 
 
 class PagedKVCache:

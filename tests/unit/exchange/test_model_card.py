@@ -311,7 +311,7 @@ def test_the_commands_are_those_of_the_architecture(run):
     assert "$ vllm serve FOLDER --model-impl transformers\n" in stock
     assert "NanoChatForCausalLM" in stock
     assert full.count('("FOLDER", trust_remote_code=True)') == 2
-    assert "$ pip install nanochat-on-ray\n$ vllm serve FOLDER\n" in full
+    assert "$ pip install -e PATH_OF_NANOCHAT_ON_RAY\n$ vllm serve FOLDER\n" in full
     assert "--model-impl" not in full
     assert "NanoChatForCausalLM" not in full
 
