@@ -69,7 +69,7 @@ class Engine:
         longest = longest or model.config.sequence_len
         pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
         self.capacity = min(longest, pages * PAGE_TOKENS)
-        check_room(model.config, pages + 1, model.compute_dtype, self.device)
+        check_room(model.config, pages, model.compute_dtype, self.device, max_running)
         self.cache = PagedKVCache(model.config, pages + 1, model.compute_dtype, self.device)
         self.pool = PagePool(pages + 1, PAGE_TOKENS)
         self.graphs = DecodingGraphs(model, self.cache) if self.device.type == "cuda" else None

