@@ -69,8 +69,10 @@ class Engine:
         longest = longest or model.config.sequence_len
         pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
         self.capacity = min(longest, pages * PAGE_TOKENS)
-        check_room(model.config, pages, model.compute_dtype, self.device, max_running)
+        needed, free = check_room(model.config, pages, model.compute_dtype, self.device, max_running)
         self.cache = PagedKVCache(model.config, pages + 1, model.compute_dtype, self.device)
+        if self.device.type == "cpu" and 2 * needed <= free:
+            self.cache.keep_rows()
         self.pool = PagePool(pages + 1, PAGE_TOKENS)
         self.graphs = DecodingGraphs(model, self.cache) if self.device.type == "cuda" else None
         self.preemptions = self.queried_tokens = self.found_tokens = 0
@@ -126,7 +128,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Compute a step and return the tokens that it sampled, none where it computed prompts alone."""
         self._leave_parked()
-        scheduled = self._schedule()
+        scheduled = self._in_rows(self._schedule())
         if not scheduled:
             return []
         hidden_NC = self._forward(scheduled)
@@ -145,6 +147,14 @@ class Engine:
         if not ready:
             return []
         return self._sample(ready, hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows])
+
+    def _in_rows(self, scheduled: list[tuple[_Sequence, int]]) -> list[tuple[_Sequence, int]]:
+        """Return what is scheduled in an order in which sequences that decode keep their rows."""
+        if self.cache.rows is None:
+            return scheduled
+        decoding = [one for one in scheduled if one[1] == 1]
+        order = self.cache.rows.order([sequence.pages for sequence, _ in decoding])
+        return [*(decoding[place] for place in order), *(one for one in scheduled if one[1] > 1)]
 
     def _forward(self, scheduled: list[tuple[_Sequence, int]]) -> torch.Tensor:
         """Return the hidden states of what a step computes, hidden_NC, sequence by sequence."""

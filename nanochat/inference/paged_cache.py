@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanochat.config.model import ModelConfig
 from nanochat.errors import ConfigError
+from nanochat.inference.decoding_rows import DecodingRows
 from nanochat.model.attention import attention
 from nanochat.training.hardware import Hardware
 
@@ -35,7 +36,7 @@ class Chunk:
     previous: int
     """The token before, -1 where there is none."""
     pages: Sequence[int]
-    """The sequence's table, up to the page of the chunk's last token at least."""
+    """The sequence's table, up to the page of the chunk's last token at least; the same object in every step."""
 
 
 def pages_for(tokens: int) -> int:
@@ -48,8 +49,13 @@ def cache_bytes(config: ModelConfig, pages: int, dtype: torch.dtype) -> int:
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * pages * PAGE_TOKENS * dtype.itemsize
 
 
-def check_room(config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, max_running: int) -> int:
-    """Return what so many pages take, and one that holds nothing. Raises: ConfigError if so much is not free."""
+def check_room(
+    config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, max_running: int
+) -> tuple[int, int]:
+    """Return what so many pages take, with one that holds nothing, and what is free.
+
+    Raises: ConfigError if the first is more.
+    """
     free = Hardware(device, dtype, "").free_bytes()
     if (needed := cache_bytes(config, pages + 1, dtype)) > free:
         raise ConfigError(
@@ -57,7 +63,7 @@ def check_room(config: ModelConfig, pages: int, dtype: torch.dtype, device: torc
             f"{needed / 2**30:.2f} GiB, the device has {free / 2**30:.2f} GiB free. Lower --max-running or "
             "--kv-cache-tokens; --running of those who sample."
         )
-    return needed
+    return needed, free
 
 
 class PagedKVCache:
@@ -71,6 +77,11 @@ class PagedKVCache:
         shape = (config.n_layer, config.n_kv_head, pages, PAGE_TOKENS, config.head_dim)
         self.k_LGPSD = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LGPSD = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows: DecodingRows | None = None
+
+    def keep_rows(self) -> None:
+        """Keep copies for sequences that decode, in as much memory again; for CPUs."""
+        self.rows = DecodingRows(self.k_LGPSD, self.v_LGPSD, self.config.windows)
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages in all layers: a sequence that goes on behind another's half-full page needs one of its own."""
@@ -100,6 +111,8 @@ class _Group:
     real_BT: Tensor | None = None
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By window: the first page that a chunk sees (B,), and the table of the pages that are seen, flat."""
+    row_slots: dict[int, Tensor] = field(default_factory=dict)
+    """By window: where this step's keys and values go in the decoding rows, (B * G,), if they hold the chunks."""
     biases: dict[int, Tensor] = field(default_factory=dict)
     """By window: what is added to the scores, (B, T, S)."""
 
@@ -149,6 +162,9 @@ class FlatBatch:
         self.tokens_BT, self.position_BT, self.previous_BT = token_N[None], place_N[None], previous_N[None]
         for (group, window), first_B, table_P in zip(looks_back, tables[::2], tables[1::2], strict=True):
             group.seen[window] = (first_B, table_P)
+        if cache.rows is not None and not rounded and (decoding := groups.get((False, 0))):
+            seen = {window: (first_B.tolist(), table_P) for window, (first_B, table_P) in decoding.seen.items()}
+            decoding.row_slots = cache.rows.follow([(chunk.pages, chunk.start) for chunk in decoding.chunks], seen)
         for group in self._groups:
             self._pad(group, len(columns))
 
@@ -167,7 +183,12 @@ class FlatBatch:
         for group in self._groups:
             rows = (len(group.chunks), group.width)
             q, k, v = (x[0].unflatten(0, rows) if whole else x[0, group.row_BT] for x in (q_BTHD, k_BTGD, v_BTGD))
-            seen = attention(q, k, v, window=window) if group.is_fresh else self._look_back(group, layer, q, window)
+            if group.is_fresh:
+                seen = attention(q, k, v, window=window)
+            elif window in group.row_slots:
+                seen = self._look_along(group, layer, q, k, v, window)
+            else:
+                seen = self._look_back(group, layer, q, window)
             if whole:
                 return seen.flatten(0, 1)[None]
             assert group.row_BT is not None, "there are other rows"
@@ -186,6 +207,21 @@ class FlatBatch:
         scores = torch.bmm(q_NTD, k_NSD.transpose(1, 2)).view(G, B, R, T, -1).float() * D**-0.5 + bias_BTS[:, None]
         weights = torch.softmax(scores, dim=-1).to(v_NSD.dtype).view(G * B, R * T, -1)
         return torch.bmm(weights, v_NSD).view(G, B, R, T, D).permute(1, 3, 0, 2, 4).reshape(B, T, H, D)
+
+    def _look_along(
+        self, group: _Group, layer: int, q_B1HD: Tensor, k_B1GD: Tensor, v_B1GD: Tensor, window: int
+    ) -> Tensor:
+        """Attend to what the decoding rows hold, as `_look_back` does, and to the new tokens, which are put there."""
+        assert self.cache.rows is not None, "there are slots in them"
+        B, _, H, D = q_B1HD.shape
+        G = self.cache.config.n_kv_head
+        k_NSD, v_NSD = self.cache.rows.layer(layer, B)
+        for copied, new in ((k_NSD, k_B1GD), (v_NSD, v_B1GD)):
+            copied.view(-1, D).index_copy_(0, group.row_slots[window], new.reshape(-1, D))
+        q_NRD = q_B1HD.reshape(B * G, -1, D)
+        scores = torch.bmm(q_NRD, k_NSD.transpose(1, 2)).view(B, H, -1).float() * D**-0.5 + self._bias(group, window)
+        weights = torch.softmax(scores, dim=-1).to(v_NSD.dtype).view(B * G, H // G, -1)
+        return torch.bmm(weights, v_NSD).view(B, 1, H, D)
 
     def _pad(self, group: _Group, rows: int) -> None:
         """Say which rows of the flat batch a group's (B, T) are; padding repeats a chunk's last row."""

@@ -87,7 +87,7 @@ class VllmEngine:
         longest = longest or config.sequence_len
         pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
         self.capacity = min(longest, pages * PAGE_TOKENS)
-        cache = check_room(config, pages, dtype, device, max_running)
+        cache, _ = check_room(config, pages, dtype, device, max_running)
         self._answers: dict[int, Answer] = {}
         self._drawn: dict[int, Draw] = {}
         self._next_id = self._queried = self._found = self._preemptions = 0
