@@ -77,7 +77,7 @@ def test_the_load_generator_counts_what_the_server_counts(server, tokenizer, tmp
     assert (result["completed"], result["failed"]) == (PROMPTS, 0)
     assert not any(result["errors"])
     assert result["output_lens"] == [ANSWER_TOKENS] * PROMPTS
-    assert all(len(gaps) <= ANSWER_TOKENS - 1 for gaps in result["itls"])
+    assert all(len(gaps) <= ANSWER_TOKENS + 1 for gaps in result["itls"])  # a chat begins and ends without a token
     assert 0 < result["mean_ttft_ms"] < result["mean_e2el_ms"]
     prompt_tokens, answer_tokens, answers = (new - old for new, old in zip(counted(server, model), before))
     trials = answers - PROMPTS

@@ -96,14 +96,16 @@ def test_smear_and_several_gpus_are_refused_by_the_plugin_too():
     from nanochat.exchange.modeling_nanochat import NanochatOnRayConfig
     from nanochat.inference.vllm_model import NanochatOnRayForCausalLM
 
-    def config(smear: bool = False, **sizes: int) -> SimpleNamespace:
+    def config(smear: bool = False, quantized: bool = False, **sizes: int) -> SimpleNamespace:
         parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1} | sizes
         return SimpleNamespace(
             model_config=SimpleNamespace(hf_config=NanochatOnRayConfig(**vars(replace(FULL, smear=smear)))),
             parallel_config=SimpleNamespace(**parallel),
+            quant_config=object() if quantized else None,
         )
 
     for asked, message in (
+        (config(quantized=True), "quantization: this model has none"),
         (config(smear=True), "smear=True: vLLM cannot do it"),
         (config(tensor_parallel_size=2), "tensor_parallel_size=2: must be 1"),
         (config(pipeline_parallel_size=4), "pipeline_parallel_size=4: must be 1"),
