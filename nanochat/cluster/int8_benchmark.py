@@ -44,7 +44,8 @@ def measure_int8(run_dir: str) -> dict[str, Any]:
     folder = RunFolder(run_dir)
     checkpoint, tokenizer = newest_of(folder.pretrain, print), Tokenizer.load(folder.tokenizer)
     base = {dtype: load_model(checkpoint, tokenizer, RunContext(), dtype) for dtype in ("bfloat16", "int8")}
-    results: dict[str, Any] = {f"bits_per_byte_{dtype}": _bits(model, folder) for dtype, model in base.items()}
+    half, integers = (_bits(model, folder) for model in base.values())
+    results: dict[str, Any] = {"bits_per_byte_bfloat16": half, "bits_per_byte_added": integers - half}
     for name, pair in (("base", base), (f"depth_{DEPTH}", _random_pair())):
         for model in pair.values():
             timed(Engine(model, max_running=1), 1, seed=0)
@@ -72,6 +73,6 @@ def _compare(pair: dict[str, GPT], count: int) -> dict[str, float]:
         for dtype, model in pair.items():
             engine = Engine(model, max_running=count)
             speeds[dtype].append(timed(engine, count, seed=1000 * count + number)["tokens_per_s"])
-    ratios = [whole / half for half, whole in zip(*speeds.values(), strict=True)]
+    ratios = [integers / half for half, integers in zip(*speeds.values(), strict=True)]
     medians = {f"tokens_per_s_{dtype}": statistics.median(found) for dtype, found in speeds.items()}
     return medians | {"int8_over_bfloat16": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
