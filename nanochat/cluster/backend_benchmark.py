@@ -70,6 +70,7 @@ class _Worker:
         self._answer(LOAD_TIMEOUT_S)
 
     def measure(self, count: int, seed: int) -> dict[str, float]:
+        """Return the figures of so many streams, as `timed` has them."""
         self._pipe.send((count, seed))
         return self._answer(LOAD_TIMEOUT_S)
 
@@ -82,6 +83,7 @@ class _Worker:
         raise ClusterError("backend: its process has ended, or does not answer. What it said stands above.")
 
     def close(self) -> None:
+        """End the process."""
         self._pipe.close()
         self._process.join(10)
         self._process.kill()
