@@ -121,7 +121,14 @@ def serve_session(serving: ServingConfig, replicas: ReplicasConfig, cluster: Clu
                     f"host={serving.host}, port={serving.port}: the cluster's Serve listens at "
                     f"{found.http_config.host}, {found.http_config.port} already. Name these, or `serve shutdown` it."
                 )
-            serve.start(proxy_location="HeadOnly", http_options={"host": serving.host, "port": serving.port})
+            try:
+                serve.start(proxy_location="HeadOnly", http_options={"host": serving.host, "port": serving.port})
+            except TimeoutError as err:
+                serve.shutdown()
+                raise ClusterError(
+                    f"host={serving.host}, port={serving.port}: Ray's proxy did not begin in time ({err}). If the "
+                    "machine was busy, try again; --no-haproxy takes Ray's other proxy."
+                ) from err
             try:
                 yield address_of(serving)
             finally:

@@ -110,7 +110,7 @@ def read_object(folder: str, name: str) -> dict[str, Any]:
     try:
         content = storage.read_json(path)
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"source={path}: is no JSON ({excerpt(err)}). Fetch it again.") from err
+        raise CheckpointError(f"source={path}: is no JSON ({excerpt(err.__cause__ or err)}). Fetch it again.") from err
     if not isinstance(content, dict):
         raise CheckpointError(f"source={path}: must hold an object. Fetch it again.")
     return content
@@ -136,7 +136,10 @@ def _own_config(folder: str, content: dict[str, Any]) -> ModelConfig:
     given = {one.name: content[one.name] for one in fields(ModelConfig) if one.name in content}
     config = _made(folder, given)
     if content.get("windows", config.windows) != config.windows:
-        raise CheckpointError(f"windows={excerpt(content['windows'])}: must be {config.windows}, by window_pattern.")
+        raise CheckpointError(
+            f"source={folder}: config.json has windows={excerpt(content['windows'])}, must be {config.windows} by "
+            "window_pattern. Fetch it again."
+        )
     return config
 
 
@@ -176,12 +179,17 @@ def _made(folder: str, given: dict[str, Any]) -> ModelConfig:
         fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
         if (isinstance(value, bool) and expected is not bool) or not (fits or (name == "norm_eps" and value is None)):
             raise CheckpointError(
-                f"source={folder}: config.json has {name}={excerpt(repr(value))}, no {expected.__name__}."
+                f"source={folder}: config.json has {name}={excerpt(repr(value))}, must be {expected.__name__}. "
+                "Fetch it again."
             )
         if isinstance(value, float) and not math.isfinite(value):
-            raise CheckpointError(f"source={folder}: config.json has {name}={value}, which is no finite number.")
+            raise CheckpointError(
+                f"source={folder}: config.json has {name}={value}, which is no finite number. Fetch it again."
+            )
         if isinstance(value, int) and name in LARGEST and not 0 < value <= (most := LARGEST[name]):
-            raise CheckpointError(f"source={folder}: config.json has {name}={value}, at most {most} can be.")
+            raise CheckpointError(
+                f"source={folder}: config.json has {name}={value}, must be 1 to {most}. Name another model."
+            )
     return ModelConfig(**given)
 
 

@@ -72,6 +72,12 @@ def read_source(config: ImportConfig) -> ForeignModel:
     if config.source.endswith(".pt"):
         raise ConfigError(f"source={config.source}: is a file. Name its folder, and which of its models with --step.")
     names = storage.list_names(config.source)
+    if not names:
+        raise ConfigError(f"source={config.source}: is empty or not there. Name the folder of a model.")
+    if {"state.json", "model.safetensors"} <= set(names):
+        raise ConfigError(
+            f"source={config.source}: is a checkpoint of nanochat on Ray. Go on from it: sft.py and rl.py take --base."
+        )
     if "config.json" in names:
         return _read_hf(config)
     steps = {int(match[1]): match[0] for name in names if (match := _MODEL_FILE.fullmatch(name))}
@@ -105,6 +111,8 @@ def write_run(model: ForeignModel, config: ImportConfig, say: Callable[[str], No
     say(f"read       {model.origin}: {plan.as_json()['parameters']['total']:,} parameters, {_sizes(model.config)}")
     if config.stage is None and not model.is_chat:
         say("           as a base model; --stage sft says of a model that it was fine-tuned on conversations")
+    if stage_name == "sft":
+        say("           as a fine-tuned model, whatever came after its fine-tuning: sft.py, rl.py and serve.py take it")
     has_tokenizer = _has_tokenizer(folder, model)
     is_there = _is_there(stage, checkpoint, state)
     if not is_there:

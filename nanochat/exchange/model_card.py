@@ -103,7 +103,7 @@ def model_card(run_dir: str, checkpoint: Checkpoint, stock: bool) -> str:
         "stages": trained, "flops": _sum([stage["flops"] for stage in trained]),
         "sources": [source for stage in stages for source in sources(stage)],
         "sizes": [found for stage in stages if (found := train_split(stage)) is not None],
-        "usage": usage_rows([record for run in runs.values() for record in storage.read_jsonl(run.usage)]),
+        "usage": usage_rows([record for run in runs.values() for record in of_lineage(run, stages)]),
         "held_out": held_out(stages),
         "models": list(models), "own": list(own), "scores": score_rows(models), "settings": settings_of(own),
         "weak": weaknesses(own),
@@ -228,6 +228,12 @@ def held_out(stages: list[TrainedStage]) -> Record | None:
     figures = rl_figures(stages[-1].records, [])
     found = {name: figures[name] for name in ("before", "after") if figures[name] is not None}
     return {"task": _without_path(str(config.get("held_out") or config.get("task"))), "found": found} if found else None
+
+
+def of_lineage(run: RunFolder, stages: list[TrainedStage]) -> list[Record]:
+    """Return what a run's jobs took of the cluster, without the stages that trained other models than a card's."""
+    others = set(STAGES) - {stage.name for stage in stages if stage.run.root == run.root}
+    return [record for record in storage.read_jsonl(run.usage) if record["stage"] not in others]
 
 
 def settings_of(models: dict[str, Record]) -> list[Record]:

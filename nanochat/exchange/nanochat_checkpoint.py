@@ -71,14 +71,17 @@ def _sizes(path: str) -> dict[str, Any]:
     try:
         content = storage.read_json(path)
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"meta={path}: is no JSON ({excerpt(err)}). Fetch it again.") from err
+        raise CheckpointError(f"meta={path}: is no JSON ({excerpt(err.__cause__ or err)}). Fetch it again.") from err
     found = content.get("model_config") if isinstance(content, dict) else None
     found = found if isinstance(found, dict) else {}
     for name in SIZES:
         if name not in found:
             raise CheckpointError(f"meta={path}: lacks model_config.{name}. Name the meta_*.json of this model.")
         if type(found[name]) is not int or not 0 < found[name] <= LARGEST_SIZE:
-            raise CheckpointError(f"meta={path}: has model_config.{name}={excerpt(found[name])}, which is no size.")
+            raise CheckpointError(
+                f"meta={path}: has model_config.{name}={excerpt(found[name])}, which is no size. "
+                "Name the meta_*.json of this model."
+            )
     if unknown := sorted(found.keys() - {*SIZES, "window_pattern"}):
         raise CheckpointError(
             f"meta={path}: has model_config.{excerpt(unknown[0])}, which karpathy/nanochat has not. "
@@ -86,7 +89,10 @@ def _sizes(path: str) -> dict[str, Any]:
         )
     pattern = found.get("window_pattern", "")
     if not isinstance(pattern, str) or len(pattern) > LONGEST_PATTERN:
-        raise CheckpointError(f"meta={path}: has model_config.window_pattern={excerpt(pattern)}, which is no pattern.")
+        raise CheckpointError(
+            f"meta={path}: has model_config.window_pattern={excerpt(pattern)}, which is no pattern. "
+            "Name the meta_*.json of this model."
+        )
     return found
 
 

@@ -124,8 +124,8 @@ class _Endpoint:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def version(self) -> dict[str, str]:
-        """Return the version of the code."""
-        return {"version": nanochat.__version__}
+        """Return the version of the code, and what computes the answers."""
+        return {"version": nanochat.__version__, "backend": self.config.backend, "dtype": self.config.dtype}
 
     async def list_models(self) -> dict[str, Any]:
         """Return what can be asked."""

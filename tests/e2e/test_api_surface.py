@@ -151,7 +151,9 @@ def test_07_metrics_count_what_was_done():
 
 
 def test_08_version(scripted):
-    assert scripted.get("/version").json() == {"version": nanochat.__version__}
+    assert scripted.get("/version").json() == {
+        "version": nanochat.__version__, "backend": "native", "dtype": "auto"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["hello", "日本語 🙂 é", "", " <|assistant_end|>"])

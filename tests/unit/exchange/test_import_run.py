@@ -181,11 +181,17 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path):
 
 def test_a_source_that_is_none_is_refused(tmp_path):
     source = cache(tmp_path / "cache")
-    for place in (tmp_path / "nowhere", tmp_path / "cache" / "base_checkpoints"):
-        with pytest.raises(ConfigError, match=r"has neither model_\*\.pt nor config\.json"):
-            read_source(flags_for(place))
+    with pytest.raises(ConfigError, match=r"nowhere: is empty or not there\. Name the folder of a model"):
+        read_source(flags_for(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"has neither model_\*\.pt nor config\.json"):
+        read_source(flags_for(tmp_path / "cache" / "base_checkpoints"))
     with pytest.raises(ConfigError, match=r"model_000650\.pt: is a file\. Name its folder"):
         read_source(flags_for(source / "model_000650.pt"))
+
+
+def test_a_checkpoint_of_this_project_is_gone_on_from_otherwise(run_dir):
+    with pytest.raises(ConfigError, match=r"step_000650: is a checkpoint of nanochat on Ray\. Go on from it: sft"):
+        read_source(flags_for(run_dir / "pretrain/checkpoints/step_000650"))
 
 
 def test_a_stage_that_is_named_is_the_models_stage(tmp_path):
@@ -558,15 +564,16 @@ def test_the_job_says_what_was_read_and_what_to_run_next(job, tmp_path, cached, 
     ]
     _, lines = said_by(job, monkeypatch, flags_for(cached, tmp_path / "chat", stage="sft"))
     assert lines[1:] == [
+        "           as a fine-tuned model, whatever came after its fine-tuning: sft.py, rl.py and serve.py take it",
         f"wrote      {tmp_path}/chat/sft/checkpoints/step_000650",
         f"next       python ray_jobs/chat.py --run-dir {tmp_path}/chat",
     ]
 
 
 def test_the_job_ends_with_one_line_and_makes_no_run_of_a_source_that_is_none(job, tmp_path, monkeypatch, capsys):
-    code, lines = said_by(job, monkeypatch, flags_for(tmp_path, tmp_path / "run"))
+    code, lines = said_by(job, monkeypatch, flags_for(tmp_path / "none", tmp_path / "run"))
     assert (code, lines) == (2, [])
-    assert capsys.readouterr().err.startswith(f"\nConfigError: source={tmp_path}: has neither model_*.pt nor")
+    assert capsys.readouterr().err.startswith(f"\nConfigError: source={tmp_path}/none: is empty or not there. Name")
     assert not (tmp_path / "run").exists()
 
 

@@ -87,7 +87,7 @@ def save(folder, step, source, stage):
 def whole(tmp_path_factory):
     """A run that went through all stages, each from the checkpoint of the one before, scored and paid for."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    write_tiny_run(str(run), tmp_path_factory.mktemp("source"))
+    write_tiny_run(str(run), tmp_path_factory.mktemp("text"))
     base = Checkpoint(step_folder(f"{run}/pretrain/checkpoints", STEP))
     edited(run / "pretrain/checkpoints" / f"step_{STEP:06d}" / "state.json", lambda state: state.update(stage={}))
     shape = {"model": base.state["model"], "flops_per_token": 5000}
@@ -152,7 +152,7 @@ def test_the_card_of_a_base_model_has_the_numbers_of_its_stage_alone(run):
     assert f"pretraining | 6 | 2,304 | {flops:.3g} | 3.0 min | 4.4375 | device of pretrain, workers: 3 |" in text
     train = storage.read_json(f"{run}/shards/manifest.json")["totals"]["train"]
     assert f"pretraining | {train['documents']} | {train['tokens']:,} | {train['text_bytes'] / 1e3:.3g} kB |" in text
-    assert f"pretraining | source0 | {12 / train['rows']:.3g} passes | unknown" in text
+    assert f"pretraining | sayings | {12 / train['rows']:.3g} passes | unknown" in text
     assert "layers | 2, each 32 channels wide" in text
     assert "2 of queries, 1 of keys and values, 16 channels each" in text
     assert "vocabulary | 300 tokens" in text
@@ -188,7 +188,7 @@ def test_the_card_of_a_chat_model_has_all_stages_that_made_it(run):
         ("pretrain/metrics.jsonl", '"training_s": 180.0', '"training_s": 240.0', "3.0 min | 4.4", "4.0 min | 4.4"),
         ("pretrain/config.json", '"rows_per_step": 2', '"rows_per_step": 4', "| 2,304 |", "| 4,608 |"),
         ("pretrain/machine.json", "device of pretrain", "a GPU", "device of pretrain", "a GPU, workers"),
-        ("shards/config.json", "source0", "other1", "source0", "other1"),
+        ("shards/config.json", "sayings", "other1", "sayings", "other1"),
         ("sft/config.json", '"flops_per_token": 5000', '"flops_per_token": 6000', "5.76e+06", "6.91e+06"),
         ("sft/config.json", '"identity*2"', '"smoltalk~0.25"', "identity | 1 passes | MIT",
          "smoltalk | 25.0 % of the mixture | Apache-2.0"),
@@ -228,6 +228,13 @@ def test_an_early_checkpoint_is_not_credited_with_what_came_after_it(run):
     assert "| 1.5 min |" in text
     assert "| not measured | device of pretrain" in text, "no score was at this step"
     assert "None is of the model of this card" in text
+
+
+def test_a_base_model_is_not_charged_for_what_was_made_of_it(run):
+    assert "3.75 dollars" in page_of(run, "rl").text
+    text = page_of(run, "pretrain").text
+    assert "pretrain | 1.7 min | 1.6 min | 5 s | 1.25 dollars" in text
+    assert "all | 1.7 min | 1.6 min | 5 s | 1.25 dollars" in text
 
 
 def test_scores_of_other_weights_are_shown_but_are_not_the_models(run):
@@ -541,8 +548,8 @@ def test_a_base_in_another_run_brings_that_runs_data_and_account(run, tmp_path):
     storage.write_json(f"{tmp_path}/later/rl/config.json", {"resolved": resolved})
     text = Page(model_card(f"{tmp_path}/later", rl, stock=False)).text
     assert "pretraining, then fine-tuning, then reinforcement learning" in text
-    assert "source0" in text
-    assert "3.75 dollars" in text
+    assert "sayings" in text
+    assert "2.50 dollars" in text, "its own practice made another model"
     assert "Scores Not measured." in text
 
 

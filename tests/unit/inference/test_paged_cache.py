@@ -36,8 +36,8 @@ def model():
         patch.setattr("nanochat.config.model.SHORT_WINDOW_MULTIPLE", 40)
         made = GPT(CONFIG, torch.float64)
         assert set(CONFIG.windows) == {40, 160}
-    randomise(made)
-    return made.double().eval()
+        randomise(made)
+        yield made.double().eval()
 
 
 def sequences(count: int, seed: int) -> list[list[int]]:
@@ -94,9 +94,8 @@ def test_any_cut_gives_the_logits_of_a_whole_forward(model, sizes):
 
 @pytest.mark.parametrize("pause", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize("sizes", [[1], [1] * 9 + [33], [1] * 30 + [2, 70]])
-def test_rows_of_sequences_that_decode_change_nothing(model, monkeypatch, sizes, pause):
+def test_rows_of_sequences_that_decode_change_nothing(model, sizes, pause):
     """They pause, end, change places and compute longer chunks in between; short windows move by pages."""
-    monkeypatch.setattr("nanochat.config.model.SHORT_WINDOW_MULTIPLE", 40)
     tokens_of = sequences(6, seed=len(sizes))
     for got, tokens in zip(piecewise(model, tokens_of, sizes, 1, pause, rows=True), tokens_of, strict=True):
         torch.testing.assert_close(got, whole(model, tokens), rtol=0, atol=1e-5)
@@ -115,7 +114,6 @@ def test_who_goes_on_keeps_its_row_and_who_is_new_takes_a_free_one(model):
 
 
 def test_pages_are_copied_when_a_row_begins_and_when_it_needs_another_page(model, monkeypatch):
-    monkeypatch.setattr("nanochat.config.model.SHORT_WINDOW_MULTIPLE", 40)
     filled = []
     monkeypatch.setattr(DecodingRows, "_fill", lambda rows, window, row_N, *_: filled.append((window, *row_N.tolist())))
     cache = PagedKVCache(model.config, 9, model.compute_dtype)

@@ -6,5 +6,5 @@ from tiny_run import write_tiny_run
 def tiny_run(tmp_path_factory) -> str:
     """A finished run's directory; tests that change it copy it."""
     run_dir = str(tmp_path_factory.mktemp("runs") / "tiny")
-    write_tiny_run(run_dir, tmp_path_factory.mktemp("source"))
+    write_tiny_run(run_dir, tmp_path_factory.mktemp("text"))
     return run_dir

@@ -46,7 +46,7 @@ def test_the_header_has_the_numbers_of_the_metrics(page):
     assert f"Validation {METRICS[-1]['val_bpb']:.3f} bits per byte" in page.text
     assert f"Training loss {steps[-1]['loss']:.3f} nats per token" in page.text
     assert "Steps 6 of 10" in page.text
-    assert "trained on 2.304k tokens of source0 in 3.0 min" in page.text
+    assert "trained on 2.304k tokens of sayings in 3.0 min" in page.text
     assert "Peak memory 300 MB" in page.text
     assert "Waiting for data 0.3 % median" in page.text
 

@@ -119,8 +119,10 @@ def write_source(path: Path, texts: list[str], split: str) -> SourceShard:
     return SourceShard(str(path), path.stat().st_size, split)
 
 
-def write_tiny_run(run_dir: str, source: Path) -> None:
-    """Write tokenizer, shards, config, metrics, samples, starts and one checkpoint; the text goes into `source`."""
+def write_tiny_run(run_dir: str, elsewhere: Path) -> None:
+    """Write a tokenizer, shards, config, metrics, samples, starts, a checkpoint; the text is in a folder `sayings`."""
+    source = elsewhere / "sayings"
+    source.mkdir()
     shorts = [f"A short document, number {number}." for number in range(40)]
     train = write_source(source / "train.parquet", [*shorts, LONG], "train")
     held_out = write_source(source / "held_out.parquet", [LONG, *shorts], "validation")
