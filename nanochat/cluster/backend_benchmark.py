@@ -11,12 +11,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from nanochat.cluster.serving_benchmark import NEW_TOKENS, token_request
-from nanochat.config.serving import ServingConfig
+from nanochat.config.serving import EngineName, ServingConfig
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ClusterError
 from nanochat.inference.load import load_engine
@@ -25,7 +25,6 @@ from nanochat.inference.vllm_engine import check_vllm
 from nanochat.storage import RunFolder
 from nanochat.training.checkpoint import config_of, newest_of
 
-Backend = Literal["native", "vllm"]
 STREAMS = (1, 8, 16, 32)
 ROUNDS = 5
 LOAD_TIMEOUT_S = 180.0
@@ -38,13 +37,15 @@ def measure_backends(run_dir: str, streams: Sequence[int] = STREAMS, rounds: int
     """
     folder = RunFolder(run_dir)
     check_vllm(config_of(newest_of(folder.pretrain, print), Tokenizer.load(folder.tokenizer)))
-    workers = {name: _Worker(run_dir, name) for name in get_args(Backend)}
+    workers: dict[str, _Worker] = {}
     try:
+        for name in get_args(EngineName):
+            workers[name] = _Worker(run_dir, name)
         found: dict[str, Any] = {}
         for count in streams:
             taken: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
             for number in range(-1, rounds):  # the first is a warm-up
-                for name, worker in workers.items():
+                for name, worker in list(workers.items())[:: -1 if number % 2 else 1]:
                     figures = worker.measure(count, seed=1000 * count + number)
                     taken[name] += [figures] if number >= 0 else []
             medians = {name: _medians(of_one) for name, of_one in taken.items()}
@@ -61,7 +62,7 @@ def measure_backends(run_dir: str, streams: Sequence[int] = STREAMS, rounds: int
 class _Worker:
     """An engine in another process."""
 
-    def __init__(self, run_dir: str, backend: Backend) -> None:
+    def __init__(self, run_dir: str, backend: EngineName) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, run_dir, backend), daemon=True)
@@ -89,7 +90,7 @@ class _Worker:
         self._process.kill()
 
 
-def _work(pipe: Connection, run_dir: str, backend: Backend) -> None:
+def _work(pipe: Connection, run_dir: str, backend: EngineName) -> None:
     folder = RunFolder(run_dir)
     checkpoint = newest_of(folder.pretrain, print)
     config = ServingConfig(run_dir=run_dir, models=("pretrain",), backend=backend, max_running=max(STREAMS))

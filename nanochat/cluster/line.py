@@ -112,5 +112,6 @@ def _serve(line: LineConfig, terminal: Terminal, is_check: bool) -> None:
     from nanochat.cluster.endpoint_session import free_or_any, run_endpoint
 
     models = tuple(name for name in reversed(MODELS) if name in _trained(line))
-    serving = ServingConfig(run_dir=line.run_dir, models=models, port=line.port or free_or_any(8000))
+    # Not compiled: for a look at the models that is not worth the wait.
+    serving = ServingConfig(run_dir=line.run_dir, models=models, port=line.port or free_or_any(8000), compile="off")
     run_endpoint(serving, line.replicas, line.cluster, terminal, is_check=is_check)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.config.identity import Identity
+from nanochat.config.serving import EngineName
 from nanochat.config.training import LearnerConfig, below_least, not_rates, outside_shares
 from nanochat.errors import ConfigError
 
@@ -146,7 +147,7 @@ class RolloutsConfig:
     """GPUs that one reserves where the run is on GPUs; none = 1, or a half of the only one."""
     running: int = 64
     """Completions that one works on at a time."""
-    backend: Literal["native", "vllm"] = "native"
+    backend: EngineName = "native"
     """Who computes them: the engine of this project, or vLLM where it is installed (make vllm, or the extra vllm)."""
     timeout_s: float = 300.0
     """The run ends with an error if no group of samples has come for so long; one reward may take half of it."""

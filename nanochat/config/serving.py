@@ -7,6 +7,8 @@ from typing import Literal
 from nanochat.config.training import below_least
 from nanochat.errors import ConfigError
 
+EngineName = Literal["native", "vllm"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServingConfig:
@@ -25,7 +27,7 @@ class ServingConfig:
     cors_origins: tuple[str, ...] = ()
     """Origins (https://example.org) whose pages may call the endpoint; the chat page needs none."""
 
-    backend: Literal["native", "vllm"] = "native"
+    backend: EngineName = "native"
     """Who computes: the engine of this project, or vLLM where it is installed (make vllm, or the extra vllm)."""
     max_running: int = 32
     """Requests of one model that are computed together on a replica."""
@@ -34,6 +36,9 @@ class ServingConfig:
     dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
     """Compute dtype: auto (bfloat16 where the hardware has it), bfloat16, float32, or int8 (bfloat16, but the large
     linear layers in 8-bit integers: CPUs with AVX512-VNNI and AVX512-BF16; worth it from depth 12 on)."""
+    compile: Literal["auto", "off"] = "auto"
+    """torch.compile; auto = where a C++ compiler is there, on GPUs for vLLM alone. A machine's first start of a model
+    takes some 20 s longer, later ones 5 s."""
 
     max_waiting: int = 64
     """Requests that may wait on a replica; beyond, they are refused with 429 and Retry-After."""

@@ -31,6 +31,11 @@ from nanochat.exchange.model_card import model_card
 from nanochat.model.transformers_names import is_stock
 from nanochat.training.checkpoint import config_of, named_checkpoint, tokenizer_of
 
+BEFORE_CONFIG = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", f"{CODE}.py",
+    "README.md", "model.safetensors",
+)  # fmt: skip
+"""What is written before config.json: without that it is left by an export that was ended, and is written again."""
 KIND = "nanochat_on_ray"
 """The key in config.json under which is said what a model can do that its architecture does not tell."""
 SAMPLING = {
@@ -92,8 +97,9 @@ def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
     model = config_of(checkpoint, tokenizer)
     check_exportable(model)
     folder = storage.absolute(config.output)
-    if found := storage.list_names(folder):
-        raise ConfigError(f"output={folder}: holds {found[0]} already. Name another folder with --output.")
+    others = [name for name in storage.list_names(folder) if not name.startswith(BEFORE_CONFIG)]
+    if others:
+        raise ConfigError(f"output={folder}: holds {others[0]} already. Name another folder with --output.")
     card = model_card(config.run_dir, checkpoint, is_stock(model))
     try:
         write_folder(

@@ -9,8 +9,10 @@ Sources: nanochat checkpoint_manager.py, and gpt.py of 2025-10 and @92d63d4.
 Not covered: versions between the two, and its optimiser state.
 """
 
+import pickletools
+import re
 import zipfile
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,18 @@ from torch import Tensor
 from nanochat import storage
 from nanochat.config.model import STOCK, ModelConfig
 from nanochat.errors import CheckpointError, ConfigError, excerpt
-from nanochat.exchange.hf_model import is_vocabulary
+from nanochat.exchange.hf_model import DTYPES, is_vocabulary
 from nanochat.model.gpt import GPT
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 LARGEST_SIZE = 1 << 24
 LARGEST_META_BYTES = 1 << 20
 LONGEST_PATTERN = 1 << 8
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Those that nanochat computes in; float32 holds the values of each."""
+NAMES_CALLS = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
+ADMITTED = re.compile(
+    r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch [A-Za-z0-9]+Storage"
+)
+"""What a state dict's pickle names: nothing that makes memory out of a number."""
 SMEAR = ("smear_gate.weight", "smear_lambda")
 ADDED = ("value_embeds.", "resid_lambdas", "x0_lambdas", "backout_lambda", "smear_")
 """How the names begin that nanochat has today and had not in 2025-10; so does that of a value embedding's gate."""
@@ -100,9 +105,7 @@ def _state_dict(path: str) -> dict[str, Tensor]:
     """Return the tensors of a file as it has them."""
     try:
         with storage.open_read(path) as file:
-            # torch.save packs nothing; of a file that is packed a small one could fill the memory.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
-                raise ValueError("it is packed")
+            _check_archive(file, storage.size_bytes(path))
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as err:  # of a damaged file each part of torch says so with another class
@@ -117,6 +120,24 @@ def _state_dict(path: str) -> dict[str, Tensor]:
     if sum(tensor.nbytes for tensor in state.values()) > storage.size_bytes(path):
         raise CheckpointError(f"model={path}: its tensors are larger than the file. Fetch it again.")
     return {name.removeprefix("_orig_mod."): tensor.detach() for name, tensor in state.items()}
+
+
+def _check_archive(file: IO[bytes], size: int) -> None:
+    """Raise ValueError if a small file could fill the memory before its tensors are seen.
+
+    torch.save packs nothing and writes each part once; of the calls that weights_only admits, bytearray(10**12) is one.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is packed")
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its parts overlap")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+                    if opcode.name in NAMES_CALLS and not ADMITTED.fullmatch(str(argument)):
+                        raise ValueError(f"it names {argument or opcode.name}")
 
 
 def _config(sizes: dict[str, Any], tensors: dict[str, Tensor]) -> ModelConfig:

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nanochat.inference.compiled_steps import CompiledSteps
 from nanochat.inference.decoding_graphs import DecodingGraphs
 from nanochat.inference.drawing import Answer, draw
 from nanochat.inference.page_pool import ROOT, PagePool
-from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, check_room, pages_for
+from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pages_for, room_for
 from nanochat.inference.requests import Event, Load, Request
 from nanochat.inference.sampling import likelihoods
 from nanochat.model.gpt import GPT
@@ -59,24 +60,22 @@ class Engine:
 
     def __init__(
         self, model: GPT, *, max_running: int = 32, longest: int | None = None, cache_tokens: int | None = None,
-        step_tokens: int = STEP_TOKENS,
+        step_tokens: int = STEP_TOKENS, compiled: bool = False,
     ) -> None:  # fmt: skip
-        """Allocate the cache for requests of at most `longest` tokens, prompt and completion.
+        """Allocate the cache, as large as `paged_cache.room_for` says; `compiled`: see compiled_steps.py, on CPUs.
 
-        `longest` none = what the model was trained for; `cache_tokens`, of all sequences together, none = as many as
-        `max_running` of the longest have. Raises: ConfigError if the device has no room for it.
+        Raises: ConfigError if the device has less.
         """
         self.model, self.max_running, self.step_tokens = model, max_running, max(step_tokens, max_running, CHUNK_TOKENS)
         self.device = model.lm_head.weight.device
-        longest = longest or model.config.sequence_len
-        pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
-        self.capacity = min(longest, pages * PAGE_TOKENS)
-        needed, free = check_room(model.config, pages, model.compute_dtype, self.device, max_running)
-        self.cache = PagedKVCache(model.config, pages + 1, model.compute_dtype, self.device)
-        if self.device.type == "cpu" and ROWS_ROOM * needed <= free:
+        room = room_for(model.config, model.compute_dtype, self.device, max_running, longest, cache_tokens)
+        self.capacity = room.capacity
+        self.cache = PagedKVCache(model.config, room.pages + 1, model.compute_dtype, self.device)
+        if self.device.type == "cpu" and ROWS_ROOM * room.needed_bytes <= room.free_bytes:
             self.cache.keep_rows()
-        self.pool = PagePool(pages + 1, PAGE_TOKENS)
+        self.pool = PagePool(room.pages + 1, PAGE_TOKENS)
         self.graphs = DecodingGraphs(model, self.cache) if self.device.type == "cuda" else None
+        self.compiled = CompiledSteps(model) if compiled and self.device.type == "cpu" else None
         self.preemptions = self.queried_tokens = self.found_tokens = 0
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
@@ -170,6 +169,8 @@ class Engine:
         if self.graphs is not None and len(chunks) == sum(count for _, count in scheduled):
             return self.graphs.run(chunks)
         batch = self.cache.batch(chunks)
+        if self.compiled is not None:
+            return self.compiled.run(batch)[0]
         return self.model(batch.tokens_BT, cache=batch)[0]
 
     def _leave_parked(self) -> None:

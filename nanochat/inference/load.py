@@ -15,7 +15,7 @@ from nanochat.model.gpt import GPT
 from nanochat.model.int8 import convert_to_int8, multiplies_int8
 from nanochat.run_context import RunContext
 from nanochat.training.checkpoint import Checkpoint, config_of, load_parameters
-from nanochat.training.hardware import choose_hardware, multiplies_bfloat16
+from nanochat.training.hardware import can_compile, choose_hardware, multiplies_bfloat16
 
 
 def load_model(
@@ -47,21 +47,29 @@ def load_engine(
 ) -> InferenceEngine:
     """Return the engine that a config names with a checkpoint's model, for requests of at most the model's row.
 
-    On a CPU a core is left to the event loop and the proxy: products on all of them wait for the slowest.
+    On a CPU a core is left to the event loop and the proxy: products on all of them wait for the slowest. With
+    `compile: auto` its first steps, of one token and of more, take seconds each.
 
     Raises: as `load_model`; ConfigError if the device has no room, or vLLM is not there or cannot compute the model.
     """
     if config.backend == "native":
         model = load_model(checkpoint, tokenizer, RunContext(), config.dtype)
-        leave_a_core(model.lm_head.weight.device)
-        return Engine(model, max_running=config.max_running, cache_tokens=cache_tokens)
+        device = model.lm_head.weight.device
+        leave_a_core(device)
+        return Engine(
+            model, max_running=config.max_running, cache_tokens=cache_tokens, compiled=_is_compiled(config, device)
+        )
     assert config.dtype != "int8", "its config says so"
     hardware = choose_hardware(LearnerConfig(dtype=config.dtype), RunContext())
     leave_a_core(hardware.device)
     return VllmEngine(
         config_of(checkpoint, tokenizer), checkpoint.model_tensors(), dtype=hardware.dtype, device=hardware.device,
-        max_running=config.max_running, cache_tokens=cache_tokens,
+        max_running=config.max_running, cache_tokens=cache_tokens, compiled=_is_compiled(config, hardware.device),
     )  # fmt: skip
+
+
+def _is_compiled(config: ServingConfig, device: torch.device) -> bool:
+    return config.compile == "auto" and can_compile(device) is None
 
 
 def leave_a_core(device: torch.device) -> None:

@@ -13,6 +13,7 @@ Not covered: which page is whose (page_pool.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,13 +50,29 @@ def cache_bytes(config: ModelConfig, pages: int, dtype: torch.dtype) -> int:
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * pages * PAGE_TOKENS * dtype.itemsize
 
 
-def check_room(
-    config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, max_running: int
-) -> tuple[int, int]:
-    """Return what so many pages take, with one that holds nothing, and what is free.
+class Room(NamedTuple):
+    """How large a cache is."""
 
-    Raises: ConfigError if the first is more.
+    pages: int
+    """Without the one for padding."""
+    capacity: int
+    """Tokens of the longest request, prompt and completion."""
+    needed_bytes: int
+    free_bytes: int
+    """Of the device, before it is allocated."""
+
+
+def room_for(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, max_running: int, longest: int | None,
+    cache_tokens: int | None,
+) -> Room:  # fmt: skip
+    """Return the room for requests of at most `longest` tokens, none = what the model was trained for.
+
+    `cache_tokens`, of all sequences together, none = as many as `max_running` of the longest have.
+    Raises: ConfigError if the device has less.
     """
+    longest = longest or config.sequence_len
+    pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
     free = Hardware(device, dtype, "").free_bytes()
     if (needed := cache_bytes(config, pages + 1, dtype)) > free:
         raise ConfigError(
@@ -63,7 +80,7 @@ def check_room(
             f"{needed / 2**30:.2f} GiB, the device has {free / 2**30:.2f} GiB free. Lower --max-running or "
             "--kv-cache-tokens; --running of those who sample."
         )
-    return needed, free
+    return Room(pages, min(longest, pages * PAGE_TOKENS), needed, free)
 
 
 class PagedKVCache:

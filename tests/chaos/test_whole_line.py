@@ -97,7 +97,7 @@ def check_serving(cluster: SimulatedCluster, place: tuple[str, ...]) -> None:
         except OSError:
             return False
 
-    flags = ("--models", "rl", "--port", str(port), "--address", "auto", "--replica-by-label")
+    flags = ("--models", "rl", "--port", str(port), "--address", "auto", "--replica-by-label", "--compile", "off")
     job = cluster.start("ray_jobs/serve.py", *place, *flags)
     job.wait_for(answers, 120)
     cluster.kill("serve")

@@ -113,6 +113,7 @@ def serving_ray(tmp_path_factory: Any, **fields: Any) -> Iterator[tuple[str, Ser
     serving = ServingConfig(
         port=free_ports(1)[0],
         backend=BACKEND,
+        compile="off",
         **{"models": ("paced",), "run_dir": str(tmp_path_factory.mktemp("serve")), **fields},
     )
     try:

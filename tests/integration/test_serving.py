@@ -197,7 +197,8 @@ def serve_job(tmp_path, host: str, *flags: str) -> tuple[subprocess.Popen, int]:
 
     folder, (port,) = write_tiny_chat_run(tmp_path / "run"), free_ports(1)
     command = [sys.executable, str(Path(__file__).parents[2] / "ray_jobs/serve.py"), "--run-dir", str(folder),
-               "--host", host, "--port", str(port), "--replica-cpus", "0.5", "--backend", BACKEND, *flags]  # fmt: skip
+               "--host", host, "--port", str(port), "--replica-cpus", "0.5", "--backend", BACKEND,
+               "--compile", "off", *flags]  # fmt: skip
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     lines = [""]
     while not lines[-1].startswith("curl"):

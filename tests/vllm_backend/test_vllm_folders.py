@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 from naive_gpt import randomise
 
+from nanochat.cluster.ingress import free_ports
 from nanochat.config.model import ModelConfig, stock
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.exchange.hf_folder import write_folder
@@ -88,6 +93,46 @@ def test_vllm_loads_the_folder_and_says_what_we_say(name, implementation, plugin
     row = torch.tensor([[*told["prompt"], *told["chat"]]])
     with torch.no_grad():
         assert told["chat"] == model.logits(model(row))[0, -NEW_TOKENS - 1 : -1].argmax(-1).tolist()
+
+
+def test_its_own_server_says_what_we_say_compiled_as_it_compiles(tmp_path):
+    """As the model card starts it, of the package for CPUs."""
+    model, folder = random_model(FULL), tmp_path / "folder"
+    write_folder(str(folder), FULL, model.state_dict(), TOKENIZER, is_chat=True, generation={})
+    (port,) = free_ports(1)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    command = ("--model", str(folder), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32")
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command], env=environment, cwd=tmp_path,
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        body = {"messages": MESSAGES, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body | {"return_token_ids": True}).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        deadline_s = time.monotonic() + 200
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    told = json.load(answer)
+                break
+            except (ConnectionError, urllib.error.URLError):
+                assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                assert time.monotonic() < deadline_s, "it does not begin"
+                time.sleep(0.5)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    prompt = chat_prompt(TOKENIZER, MESSAGES, 9)
+    assert told["prompt_token_ids"] == prompt
+    row = [*prompt, *told["choices"][0]["token_ids"]]
+    with torch.no_grad():
+        expected = model.logits(model(torch.tensor([row])))[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    assert row[len(prompt) :] == expected
+    assert len(expected) == NEW_TOKENS
 
 
 def test_smear_and_several_gpus_are_refused_by_the_plugin_too():

@@ -16,6 +16,7 @@ from nanochat.inference import engine, vllm_engine
 from nanochat.inference.completions import complete
 from nanochat.inference.drawing import draw
 from nanochat.inference.engine import Engine
+from nanochat.inference.load import inference_copy
 from nanochat.inference.requests import InferenceEngine, Request
 from nanochat.inference.vllm_engine import VllmEngine
 from nanochat.model.gpt import GPT
@@ -69,10 +70,14 @@ def greedy(monkeypatch):
     return ask
 
 
-def vllm_of(config: ModelConfig, weights: dict[str, torch.Tensor]) -> VllmEngine:
+def vllm_of(
+    config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> VllmEngine:
     """Return vLLM with chunks of prompts, a prefix cache, and prompts beside sequences that decode."""
     cpu = torch.device("cpu")
-    return VllmEngine(config, weights, dtype=torch.float32, device=cpu, max_running=32, step_tokens=96)
+    return VllmEngine(
+        config, weights, dtype=dtype, device=cpu, max_running=32, step_tokens=96, compiled=compiled
+    )  # fmt: skip
 
 
 def full_forward(model: GPT, asked: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -122,12 +127,32 @@ def test_four_implementations_agree_over_200_prompts(name, greedy, tmp_path):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
         assert actual.argmax(-1).tolist() == of_prompt
 
-    for ours in (Engine(model, max_running=32, step_tokens=96), vllm_of(config, model.state_dict())):
+    for of in (
+        lambda: Engine(model, max_running=32, step_tokens=96),
+        lambda: Engine(inference_copy(model), max_running=32, step_tokens=96, compiled=True),
+        lambda: vllm_of(config, model.state_dict()),
+        lambda: vllm_of(config, model.state_dict(), compiled=True),
+    ):
+        ours = of()
         for _ in range(2):  # the second time most is in the prefix cache
             actual_tokens, actual_logits = greedy(ours, asked)
             assert actual_tokens == tokens
             assert worst(actual_logits, logits) < 1e-3
         assert ours.load().prefix_hits > 5_000
+
+
+def test_in_bfloat16_vllm_is_as_close_as_our_engine(greedy):
+    model, asked = random_model(FULL), prompts()[:60]
+    _, exact = full_forward(model, asked)
+    halves = GPT(FULL, torch.bfloat16)
+    halves.load_state_dict(model.state_dict())
+    ours = Engine(halves.bfloat16().prepare_for_inference(), max_running=32, step_tokens=96)
+    errors = []
+    for of in (ours, vllm_of(FULL, model.state_dict(), torch.bfloat16)):
+        _, found = greedy(of, asked)  # the first token's logits: after it each goes its own way
+        errors.append(torch.stack([(a[0] - b[0]).abs().mean() for a, b in zip(found, exact, strict=True)]).mean())
+    assert 0 < errors[1] < 1.2 * errors[0]
+    assert errors[0] < 0.05 * torch.stack([one[0] for one in exact]).std()
 
 
 ZEROED = {

@@ -190,7 +190,16 @@ def test_tensors_that_do_not_fit_are_named(name, damage, message, tmp_path):
         ("stock", {"attention_bias": True}, "attention_bias=True: must be False"),
         ("stock", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn"),
         ("stock", {"intermediate_size": 100}, "intermediate_size=100: must be 256"),
-        ("stock", {"num_hidden_layers": None}, "n_layer=None, must be int"),
+        ("stock", {"num_hidden_layers": None}, "num_hidden_layers=None, must be a number"),
+        ("stock", {"rms_norm_eps": None}, "rms_norm_eps=None, must be a number"),
+        ("stock", {"final_logit_softcapping": None}, "final_logit_softcapping=None, must be a number"),
+        ("stock", {"rope_parameters": 7}, "rope_parameters=7, must be an object"),
+        ("stock", {"rope_parameters": None, "rope_scaling": {"rope_type": "linear"}}, "rope_type=linear"),
+        ("stock", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: there is no such thing"),
+        ("stock", {"head_dim": 8}, "head_dim=8: must be 16"),
+        ("stock", {"sliding_window": 8}, "sliding_window=8: there is no such thing"),
+        ("stock", {"layer_types": ["sliding_attention"]}, "layer_types=.*: there is no such thing"),
+        ("stock", {"quantization_config": {"bits": 8}}, "quantization_config=.*: there is no such thing"),
         ("stock", {"vocab_size": 200}, "is of shape"),
     ],
 )  # fmt: skip
@@ -200,6 +209,16 @@ def test_a_config_that_says_something_else_is_refused(name, change, message, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(NanochatError, match=message):
         read_folder(str(tmp_path))
+
+
+def test_spellings_that_say_nothing_else_are_read(tmp_path):
+    export(tmp_path, MODELS["stock"])
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    theta = content.pop("rope_parameters")["rope_theta"]
+    content |= {"rope_theta": theta, "rope_scaling": {"rope_type": "default"}, "head_dim": 16, "sliding_window": None}
+    path.write_text(json.dumps(content))
+    assert read_folder(str(tmp_path)).config == MODELS["stock"]
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])

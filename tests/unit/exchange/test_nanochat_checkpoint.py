@@ -1,8 +1,10 @@
 """A checkpoint in nanochat's layout loads into our model and computes what the tensors say."""
 
+import copy
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -197,8 +199,14 @@ def test_parts_of_2025_10_under_a_window_pattern_are_refused(tmp_path):
         ({1: torch.ones(2)}, "holds no state dict"),
         ({"lm_head.weight": torch.ones(2).int()}, "lm_head.weight is torch.int32, no plain tensor of floats"),
         ({"lm_head.weight": torch.ones(2).double()}, "lm_head.weight is torch.float64, no plain tensor of floats"),
-        ({"lm_head.weight": torch.ones(2, 2).to_sparse()}, "no plain tensor of floats"),
-        ({"lm_head.weight": torch.ones(2, device="meta")}, "no plain tensor of floats"),
+        (
+            {"lm_head.weight": torch.ones(2, 2).to_sparse()},
+            r"cannot be read \(it names torch\._utils _rebuild_sparse_tensor\)",
+        ),
+        (
+            {"lm_head.weight": torch.ones(2, device="meta")},
+            r"cannot be read \(it names torch\._utils _rebuild_meta_tensor",
+        ),
         ({"lm_head.weight": torch.ones(1).expand(1 << 40, 8)}, "its tensors are larger than the file"),
         ({f"a{n}": torch.ones(4096)[:] for n in range(1)} | dict.fromkeys("bcd", torch.ones(4096)), "larger than the"),
     ],
@@ -224,6 +232,40 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     assert not witness.exists()
     torch.load(files[0], weights_only=False)
     assert witness.exists(), "the file was dangerous"
+
+
+class Huge:
+    def __reduce__(self):
+        return bytearray, (1 << 62,)
+
+
+def test_a_number_makes_no_memory(tmp_path, monkeypatch):
+    """weights_only admits bytearray: of so many bytes it is a MemoryError, of a few less the end of the machine."""
+    files = write_checkpoint(tmp_path, {"lm_head.weight": Huge()}, SIZES)
+    with pytest.raises(MemoryError):
+        torch.load(files[0], weights_only=True)
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it is loaded"))
+    with pytest.raises(CheckpointError, match=r"cannot be read \(it names __builtin__ bytearray\)"):
+        load_nanochat_checkpoint(*files)
+
+
+def test_parts_that_lie_in_one_place_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    state = {f"a{number}": torch.full((4096,), float(number)) for number in range(50)}
+    files = write_checkpoint(tmp_path, state, SIZES)
+    with zipfile.ZipFile(files[0]) as archive, zipfile.ZipFile(tmp_path / "small.pt", "w") as small:
+        (first,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+        for entry in archive.infolist():
+            if "/data/" not in entry.filename or entry is first:
+                small.writestr(entry.filename, archive.read(entry))
+        (written,) = [entry for entry in small.infolist() if entry.filename.endswith("/data/0")]
+        for number in range(1, 50):
+            again = copy.copy(written)
+            again.filename = again.orig_filename = written.filename[:-1] + str(number)
+            small.filelist.append(again)
+    Path(files[0]).write_bytes((tmp_path / "small.pt").read_bytes())
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it is loaded"))
+    with pytest.raises(CheckpointError, match=r"cannot be read \(its parts overlap\)"):
+        load_nanochat_checkpoint(*files)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no model", b"\x80\x04."])

@@ -179,7 +179,8 @@ def test_models_are_read_from_a_path_or_uri_and_answer_alike(tmp_path, where, mo
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     run_dir = str(tmp_path / "run") if where == "local" else f"memory://{uuid.uuid4().hex}"
     folder = write_chat_checkpoint(run_dir)
-    config = ServingConfig(run_dir=run_dir, models=("sft", f"other={folder}"), dtype="float32", max_running=2)
+    models = ("sft", f"other={folder}")
+    config = ServingConfig(run_dir=run_dir, models=models, dtype="float32", max_running=2, compile="off")
     opened = EngineBackend.open(config)
     try:
         found = opened.models["other"]
