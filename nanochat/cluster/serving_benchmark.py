@@ -78,7 +78,7 @@ def measure_serving(run_dir: str, corpus: str, port: int = 0) -> dict[str, Any]:
     from nanochat.cluster.endpoint_session import check_address, pinned, serve_session, wait_until_ready
 
     cluster, replicas = ClusterConfig(), ReplicasConfig(replica_cpus=1)
-    serving = check_address(ServingConfig(run_dir=run_dir, models=("pretrain",), port=port))
+    serving = check_address(ServingConfig(run_dir=run_dir, models=("pretrain",), port=port, compile="off"))
     with session(ClusterConfig(), run_dir):
         fixed_checkpoint(run_dir, corpus)
     model = _model(run_dir)

@@ -30,8 +30,6 @@ CHUNK_TOKENS = 96
 """Of a prompt in one step. At 128 prompts make the answers beside them stutter 2.6 times their pace, at 96 2.2 times,
 at 64 1.9 times, but then prefill takes a quarter longer (depth 4, prompts of 480, 1 core, AMD EPYC, 2026-11-25)."""
 STEP_TOKENS = 512
-ROWS_ROOM = 8
-"""Times what the pages take must be free for rows beside them: others of this machine may ask at the same moment."""
 
 
 @dataclass(eq=False)
@@ -71,8 +69,6 @@ class Engine:
         room = room_for(model.config, model.compute_dtype, self.device, max_running, longest, cache_tokens)
         self.capacity = room.capacity
         self.cache = PagedKVCache(model.config, room.pages + 1, model.compute_dtype, self.device)
-        if self.device.type == "cpu" and ROWS_ROOM * room.needed_bytes <= room.free_bytes:
-            self.cache.keep_rows()
         self.pool = PagePool(room.pages + 1, PAGE_TOKENS)
         self.graphs = DecodingGraphs(model, self.cache) if self.device.type == "cuda" else None
         self.compiled = CompiledSteps(model) if compiled and self.device.type == "cpu" else None
@@ -129,7 +125,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Compute a step and return the tokens that it sampled, none where it computed prompts alone."""
         self._leave_parked()
-        scheduled = self._in_rows(self._schedule())
+        scheduled = self._schedule()
         if not scheduled:
             return []
         hidden_NC = self._forward(scheduled)
@@ -149,20 +145,13 @@ class Engine:
             return []
         return self._sample(ready, hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows])
 
-    def _in_rows(self, scheduled: list[tuple[_Sequence, int]]) -> list[tuple[_Sequence, int]]:
-        """Return what is scheduled in an order in which sequences that decode keep their rows."""
-        if self.cache.rows is None:
-            return scheduled
-        decoding = [one for one in scheduled if one[1] == 1]
-        order = self.cache.rows.order([sequence.pages for sequence, _ in decoding])
-        return [*(decoding[place] for place in order), *(one for one in scheduled if one[1] > 1)]
-
     def _forward(self, scheduled: list[tuple[_Sequence, int]]) -> torch.Tensor:
         """Return the hidden states of what a step computes, hidden_NC, sequence by sequence."""
         chunks = [
             Chunk(
                 sequence.tokens[sequence.computed : sequence.computed + count], sequence.computed,
                 sequence.tokens[sequence.computed - 1] if sequence.computed else -1, sequence.pages,
+                is_given=sequence.computed < len(sequence.request.prompt),
             )
             for sequence, count in scheduled
         ]  # fmt: skip

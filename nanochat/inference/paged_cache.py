@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanochat.config.model import ModelConfig
 from nanochat.errors import ConfigError
-from nanochat.inference.decoding_rows import DecodingRows
+from nanochat.inference.paged_attention import decoding_attention
 from nanochat.model.attention import attention
 from nanochat.training.hardware import Hardware
 
@@ -37,7 +37,15 @@ class Chunk:
     previous: int
     """The token before, -1 where there is none."""
     pages: Sequence[int]
-    """The sequence's table, up to the page of the chunk's last token at least; the same object in every step."""
+    """The sequence's table, up to the page of the chunk's last token at least."""
+    is_given: bool = False
+    """Its tokens were given, not drawn. A single one is computed as it would be among others: the kernel for sequences
+    that decode rounds less in bfloat16, and a prompt would mean something else behind a known prefix."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is the one token that its sequence has drawn last."""
+        return len(self.tokens) == 1 and not self.is_given
 
 
 def pages_for(tokens: int) -> int:
@@ -58,8 +66,6 @@ class Room(NamedTuple):
     capacity: int
     """Tokens of the longest request, prompt and completion."""
     needed_bytes: int
-    free_bytes: int
-    """Of the device, before it is allocated."""
 
 
 def room_for(
@@ -80,7 +86,7 @@ def room_for(
             f"{needed / 2**30:.2f} GiB, the device has {free / 2**30:.2f} GiB free. Lower --max-running or "
             "--kv-cache-tokens; --running of those who sample."
         )
-    return Room(pages, min(longest, pages * PAGE_TOKENS), needed, free)
+    return Room(pages, min(longest, pages * PAGE_TOKENS), needed)
 
 
 class PagedKVCache:
@@ -94,11 +100,8 @@ class PagedKVCache:
         shape = (config.n_layer, config.n_kv_head, pages, PAGE_TOKENS, config.head_dim)
         self.k_LGPSD = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LGPSD = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows: DecodingRows | None = None
-
-    def keep_rows(self) -> None:
-        """Keep copies for sequences that decode, in as much memory again; for CPUs."""
-        self.rows = DecodingRows(self.k_LGPSD, self.v_LGPSD, self.config.windows)
+        is_cpu = self.device.type == "cpu"
+        self.kernel = decoding_attention(config.head_dim, PAGE_TOKENS, dtype) if is_cpu else None
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages in all layers: a sequence that goes on behind another's half-full page needs one of its own."""
@@ -122,14 +125,14 @@ class _Group:
     firsts: list[int]
     is_fresh: bool
     """Nothing of them is in the cache yet: they see themselves alone."""
+    by_kernel: bool = False
+    """They decode, and there is a kernel for such."""
     width: int = 0
     row_BT: Tensor | None = None
     """Rows of the flat batch, those of padding repeated; None if the group is the whole batch, unpadded."""
     real_BT: Tensor | None = None
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By window: the first page that a chunk sees (B,), and the table of the pages that are seen, flat."""
-    row_slots: dict[int, Tensor] = field(default_factory=dict)
-    """By window: where this step's keys and values go in the decoding rows, (B * G,), if they hold the chunks."""
     biases: dict[int, Tensor] = field(default_factory=dict)
     """By window: what is added to the scores, (B, T, S)."""
 
@@ -157,11 +160,11 @@ class FlatBatch:
     def __init__(self, cache: PagedKVCache, chunks: Sequence[Chunk], rounded: bool) -> None:
         self.cache = cache
         columns: list[tuple[int, int, int, int]] = []
-        groups: dict[tuple[bool, int], _Group] = {}
+        groups: dict[tuple[bool, bool, int], _Group] = {}
         for chunk in chunks:
             is_fresh = chunk.start == 0 and len(chunk.tokens) > 1
-            key = (is_fresh, (len(chunk.tokens) - 1).bit_length())
-            group = groups.setdefault(key, _Group([], [], is_fresh))
+            key = (is_fresh, chunk.decodes, (len(chunk.tokens) - 1).bit_length())
+            group = groups.setdefault(key, _Group([], [], is_fresh, chunk.decodes and cache.kernel is not None))
             group.chunks.append(chunk)
             group.firsts.append(len(columns))
             before = [chunk.previous, *chunk.tokens[:-1]]
@@ -179,9 +182,6 @@ class FlatBatch:
         self.tokens_BT, self.position_BT, self.previous_BT = token_N[None], place_N[None], previous_N[None]
         for (group, window), first_B, table_P in zip(looks_back, tables[::2], tables[1::2], strict=True):
             group.seen[window] = (first_B, table_P)
-        if cache.rows is not None and not rounded and (decoding := groups.get((False, 0))):
-            seen = {window: (first_B.tolist(), table_P) for window, (first_B, table_P) in decoding.seen.items()}
-            decoding.row_slots = cache.rows.follow([(chunk.pages, chunk.start) for chunk in decoding.chunks], seen)
         for group in self._groups:
             self._pad(group, len(columns))
 
@@ -192,18 +192,20 @@ class FlatBatch:
 
     def attend(self, layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
         """Store the step's keys and values, and return what its queries see of their sequences, y_BTHD."""
+        whole = self._groups[0].row_BT is None
+        if whole and self._groups[0].by_kernel:
+            return self._decode(self._groups[0], layer, q_BTHD[0], k_BTGD[0], v_BTGD[0], window)[None]
         G, D = self.cache.config.n_kv_head, self.cache.config.head_dim
         for cached, new in ((self.cache.k_LGPSD[layer], k_BTGD), (self.cache.v_LGPSD[layer], v_BTGD)):
             cached.view(G, -1, D).index_copy_(1, self._slot_N, new[0].transpose(0, 1))
-        whole = self._groups[0].row_BT is None
         y_BTHD = q_BTHD if whole else torch.empty_like(q_BTHD)
         for group in self._groups:
             rows = (len(group.chunks), group.width)
             q, k, v = (x[0].unflatten(0, rows) if whole else x[0, group.row_BT] for x in (q_BTHD, k_BTGD, v_BTGD))
             if group.is_fresh:
                 seen = attention(q, k, v, window=window)
-            elif window in group.row_slots:
-                seen = self._look_along(group, layer, q, k, v, window)
+            elif group.by_kernel:
+                seen = self._decode(group, layer, q[:, 0], k[:, 0], v[:, 0], window)[:, None]
             else:
                 seen = self._look_back(group, layer, q, window)
             if whole:
@@ -225,20 +227,14 @@ class FlatBatch:
         weights = torch.softmax(scores, dim=-1).to(v_NSD.dtype).view(G * B, R * T, -1)
         return torch.bmm(weights, v_NSD).view(G, B, R, T, D).permute(1, 3, 0, 2, 4).reshape(B, T, H, D)
 
-    def _look_along(
-        self, group: _Group, layer: int, q_B1HD: Tensor, k_B1GD: Tensor, v_B1GD: Tensor, window: int
-    ) -> Tensor:
-        """Attend to what the decoding rows hold, as `_look_back` does, and to the new tokens, which are put there."""
-        assert self.cache.rows is not None, "there are slots in them"
-        B, _, H, D = q_B1HD.shape
-        G = self.cache.config.n_kv_head
-        k_NSD, v_NSD = self.cache.rows.layer(layer, B)
-        for copied, new in ((k_NSD, k_B1GD), (v_NSD, v_B1GD)):
-            copied.view(-1, D).index_copy_(0, group.row_slots[window], new.reshape(-1, D))
-        q_NRD = q_B1HD.reshape(B * G, -1, D)
-        scores = torch.bmm(q_NRD, k_NSD.transpose(1, 2)).view(B, H, -1).float() * D**-0.5 + self._bias(group, window)
-        weights = torch.softmax(scores, dim=-1).to(v_NSD.dtype).view(B * G, H // G, -1)
-        return torch.bmm(weights, v_NSD).view(B, 1, H, D)
+    def _decode(
+        self, group: _Group, layer: int, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor, window: int
+    ) -> Tensor:  # fmt: skip
+        """Store the keys and values of one token a sequence, and attend to what its pages hold."""
+        assert self.cache.kernel is not None, "its group says so"
+        place_B = self.position_BT[0] if group.row_BT is None else self.position_BT[0, group.row_BT[:, 0]]
+        pages = self.cache.k_LGPSD[layer], self.cache.v_LGPSD[layer]
+        return self.cache.kernel(q_BHD, k_BGD, v_BGD, *pages, *group.seen[window], place_B, window)
 
     def _pad(self, group: _Group, rows: int) -> None:
         """Say which rows of the flat batch a group's (B, T) are; padding repeats a chunk's last row."""

@@ -85,9 +85,9 @@ def test_what_cannot_run_is_let_pass(source):
 
 STARTS_PROCESSES = {
     "inference/sandbox.py", "provenance.py", "cluster/benchmarks.py", "cluster/backend_benchmark.py",
-    "cluster/ingress.py",
+    "cluster/ingress.py", "inference/paged_attention.py",
 }  # fmt: skip
-"""The sandbox; git for the commit; benchmarks of this package; HAProxy."""
+"""The sandbox; git for the commit; benchmarks of this package; HAProxy; the compiler."""
 
 
 def test_code_of_a_model_has_one_way_to_a_processor():

@@ -24,13 +24,6 @@ def test_the_bytes_are_those_of_the_cache(dtype):
     assert cache_bytes(MODEL, 5, dtype) == cache.k_LGPSD.nbytes + cache.v_LGPSD.nbytes
 
 
-def test_rows_beside_the_pages_are_kept_only_where_there_is_much_room(monkeypatch):
-    needed = cache_bytes(MODEL, 2 * 64 // PAGE_TOKENS + 1, torch.float32)
-    for free, fits in ((8 * needed, True), (8 * needed - 1, False)):
-        monkeypatch.setattr(Hardware, "free_bytes", lambda self, free=free: free)
-        assert (Engine(GPT(MODEL), max_running=2).cache.rows is not None) == fits
-
-
 def test_the_engine_refuses_what_does_not_fit(monkeypatch):
     needed = cache_bytes(MODEL, 2 * 64 // PAGE_TOKENS + 1, torch.float32)
     monkeypatch.setattr(Hardware, "free_bytes", lambda self: needed)

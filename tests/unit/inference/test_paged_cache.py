@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nanochat.config.model import ModelConfig, stock
-from nanochat.inference.decoding_rows import DecodingRows
 from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, FlatBatch, PagedKVCache, pages_for
 from nanochat.model.gpt import GPT
 
@@ -51,13 +50,11 @@ def whole(model, tokens):
 
 
 def piecewise(
-    model, tokens_of: list[list[int]], sizes: list[int], seed: int = 0, pause: float = 0.3, rows: bool = False
+    model, tokens_of: list[list[int]], sizes: list[int], seed: int = 0, pause: float = 0.3
 ) -> list[torch.Tensor]:
     """Logits of sequences that are computed side by side, each in chunks of drawn sizes, on scattered pages."""
     draw = random.Random(seed)
     cache = PagedKVCache(model.config, 1 + sum(map(pages_for, map(len, tokens_of))), model.compute_dtype)
-    if rows:
-        cache.keep_rows()
     free = list(range(1, cache.k_LGPSD.shape[2]))
     draw.shuffle(free)
     tables: list[list[int]] = [[] for _ in tokens_of]
@@ -90,50 +87,6 @@ def test_any_cut_gives_the_logits_of_a_whole_forward(model, sizes):
     tokens_of = sequences(5, seed=sum(sizes))
     for got, tokens in zip(piecewise(model, tokens_of, sizes), tokens_of, strict=True):
         torch.testing.assert_close(got, whole(model, tokens), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("pause", [0.0, 0.03, 0.3])
-@pytest.mark.parametrize("sizes", [[1], [1] * 9 + [33], [1] * 30 + [2, 70]])
-def test_rows_of_sequences_that_decode_change_nothing(model, sizes, pause):
-    """They pause, end, change places and compute longer chunks in between; short windows move by pages."""
-    tokens_of = sequences(6, seed=len(sizes))
-    for got, tokens in zip(piecewise(model, tokens_of, sizes, 1, pause, rows=True), tokens_of, strict=True):
-        torch.testing.assert_close(got, whole(model, tokens), rtol=0, atol=1e-5)
-
-
-def test_who_goes_on_keeps_its_row_and_who_is_new_takes_a_free_one(model):
-    cache = PagedKVCache(model.config, 9, model.compute_dtype)
-    cache.keep_rows()
-    tables = [[number] for number in range(1, 7)]
-    cache.batch([Chunk([5], 0, -1, table) for table in tables[:5]])
-    assert cache.rows is not None
-    assert cache.rows.order(tables[:5]) == [0, 1, 2, 3, 4]
-    assert cache.rows.order([tables[5], tables[1], tables[4], tables[2]]) == [0, 1, 3, 2]
-    assert cache.rows.order([tables[4], tables[3]]) == [0, 1]
-    assert cache.rows.order([[1], [2]]) == [0, 1], "like tables are not the same"
-
-
-def test_pages_are_copied_when_a_row_begins_and_when_it_needs_another_page(model, monkeypatch):
-    filled = []
-    monkeypatch.setattr(DecodingRows, "_fill", lambda rows, window, row_N, *_: filled.append((window, *row_N.tolist())))
-    cache = PagedKVCache(model.config, 9, model.compute_dtype)
-    cache.keep_rows()
-    tables = [[1, 2, 3], [4, 5]]
-    for start in range(75, 85):
-        cache.batch([Chunk([5], start, 7, tables[0]), Chunk([5], start - 40, 7, tables[1])])
-    assert filled == [(40, 0, 1), (160, 0, 1)]
-    tables[0].append(6)
-    for start in range(95, 98):
-        cache.batch([Chunk([5], start, 7, tables[0]), Chunk([5], start - 50, 7, tables[1])])
-    # The first went elsewhere meanwhile; then it needs a page more.
-    assert filled[2:] == [(40, 0), (160, 0), (40, 0, 1), (160, 0, 1)]
-    cache.batch([Chunk([5], 98, 7, tables[0]), Chunk([5], 48, 7, [7, 8])])
-    assert filled[6:] == [(40, 1), (160, 1)]
-    # Three rows of four pages are more than the memory has; after that the long window is copied anew.
-    cache.batch([Chunk([5], 99, 7, tables[0]), *(Chunk([5], 3, 7, [page]) for page in (7, 8))])
-    filled.clear()
-    cache.batch([Chunk([5], 100, 7, tables[0])])
-    assert filled == [(160, 0)]
 
 
 def test_every_boundary_of_a_chunk(model):
