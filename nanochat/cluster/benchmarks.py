@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from nanochat import storage
+from nanochat.cluster.environment import compile_cache
 from nanochat.cluster.session import ray_context
 from nanochat.cluster.stream import StreamSpec, steps_of
-from nanochat.cluster.trainer import TrainJob, compile_cache, inputs_of, train_on_ray, worker_context
+from nanochat.cluster.trainer import TrainJob, inputs_of, train_on_ray, worker_context
 from nanochat.config.cluster import ClusterConfig
 from nanochat.config.corpus import CorpusConfig
 from nanochat.config.pretrain import PretrainConfig

@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import operator
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import fields
@@ -20,6 +21,7 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from nanochat.cluster.endpoint_session import pinned
+from nanochat.cluster.environment import compile_cache
 from nanochat.cluster.ingress import RETRY_AFTER_S
 from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
 from nanochat.config.cluster import ClusterConfig
@@ -65,6 +67,7 @@ class Endpoint:
         create = operator.attrgetter(attribute)(importlib.import_module(module))
         from nanochat.serving.app import create_app
 
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compile_cache())  # this user's alone, and kept
         imported_s = time.time()
         self.backend = await asyncio.to_thread(create, serving)
         self.asgi = create_app(self.backend, serving)

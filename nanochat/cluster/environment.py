@@ -1,6 +1,7 @@
 """What Ray reads from the environment, set before Ray is imported (it reads some of it at import)."""
 
 import os
+from pathlib import Path
 
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # a Ray of this user alone, also on a shared machine; the token is in ~/.ray/auth_token
@@ -20,3 +21,9 @@ def set_ray_environment() -> None:
     """Set what the user has not set. Call it first thing in an entry point, before anything imports ray."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def compile_cache() -> str:
+    """Return the folder where compiled kernels are kept between runs."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.path.join(root, "nanochat", "torchinductor")

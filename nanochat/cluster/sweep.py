@@ -17,10 +17,11 @@ import ray
 from ray import tune
 
 from nanochat import storage
+from nanochat.cluster.environment import compile_cache
 from nanochat.cluster.nodes import check_resources, on_nodes_for, resources
 from nanochat.cluster.session import start_ray
 from nanochat.cluster.terminal import Terminal, on_interrupt
-from nanochat.cluster.trainer import compile_cache, fit_watched, is_retried
+from nanochat.cluster.trainer import fit_watched, is_retried
 from nanochat.config.pretrain import PretrainConfig
 from nanochat.config.sweep import Overrides, SweepConfig, expand, overridden
 from nanochat.data.row_order import RowReader

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,6 +25,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from nanochat import storage
+from nanochat.cluster.environment import compile_cache
 from nanochat.cluster.nodes import check_resources, check_software, on_nodes_for, software, training_gpus
 from nanochat.cluster.rollouts import RolloutPool, RolloutSpec
 from nanochat.cluster.session import start_ray
@@ -320,12 +320,6 @@ def _trainer(job: TrainJob, cluster: ClusterConfig) -> TorchTrainer:
 def _ray_storage(folder: StageFolder) -> str:
     """Return where Ray Train keeps its own notes while it runs; nothing of them is read."""
     return storage.join(folder.root, "ray_train")
-
-
-def compile_cache() -> str:
-    """Return the folder where compiled kernels are kept between runs."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return os.path.join(root, "nanochat", "torchinductor")
 
 
 def fit_watched(trainer: Any, watch: Callable[[], None]) -> None:

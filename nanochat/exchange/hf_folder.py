@@ -31,11 +31,8 @@ from nanochat.exchange.model_card import model_card
 from nanochat.model.transformers_names import is_stock
 from nanochat.training.checkpoint import config_of, named_checkpoint, tokenizer_of
 
-BEFORE_CONFIG = (
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", f"{CODE}.py",
-    "README.md", "model.safetensors",
-)  # fmt: skip
-"""What is written before config.json: without that it is left by an export that was ended, and is written again."""
+UNFINISHED = "export_unfinished"
+"""A file that is there as long as an export is being written: what one that was ended has left is written again."""
 KIND = "nanochat_on_ray"
 """The key in config.json under which is said what a model can do that its architecture does not tell."""
 SAMPLING = {
@@ -97,15 +94,20 @@ def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
     model = config_of(checkpoint, tokenizer)
     check_exportable(model)
     folder = storage.absolute(config.output)
-    others = [name for name in storage.list_names(folder) if not name.startswith(BEFORE_CONFIG)]
-    if others:
-        raise ConfigError(f"output={folder}: holds {others[0]} already. Name another folder with --output.")
+    found = storage.list_names(folder)
+    if found and UNFINISHED not in found:
+        raise ConfigError(f"output={folder}: holds {found[0]} already. Name another folder with --output.")
     card = model_card(config.run_dir, checkpoint, is_stock(model))
     try:
+        for name in found:  # of an export that was ended
+            if name.endswith(".partial"):
+                storage.remove(storage.join(folder, name))
+        storage.write_json(storage.join(folder, UNFINISHED), {})
         write_folder(
             folder, model, checkpoint.model_tensors(), tokenizer, is_chat=checkpoint.is_chat,
             generation=checkpoint.generation, dtype=getattr(torch, config.dtype), card=card,
         )  # fmt: skip
+        storage.remove(storage.join(folder, UNFINISHED))
     except OSError as err:
         raise ConfigError(f"output={folder}: cannot be written ({excerpt(err)}). Name another folder.") from err
     return folder

@@ -35,8 +35,9 @@ LARGEST = {
     "n_embd": 1 << 15,
 }  # fmt: skip
 """Of a stranger's config: what it says is built before it is compared with the weights."""
+ABOVE_ZERO = ("norm_eps", "rope_theta", "logit_softcap")
 NOT_HERE = {
-    "quantization_config": (), "sliding_window": (), "layer_types": (), "partial_rotary_factor": (1, 1.0),
+    "quantization_config": (), "sliding_window": (), "partial_rotary_factor": (1, 1.0),
 }  # fmt: skip
 """Fields of other models' configs that change what is computed, and the values that change nothing."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -150,9 +151,11 @@ def _own_config(folder: str, content: dict[str, Any]) -> ModelConfig:
 
 def _stock_config(folder: str, content: dict[str, Any]) -> ModelConfig:
     """Return our config for `NanoChatConfig`'s fields. Raises: ConfigError for a value that we have no part for."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"source={folder}: config.json has rope_parameters={excerpt(rope)}, must be an object.")
+    ropes = {name: content[name] for name in ("rope_scaling", "rope_parameters") if content.get(name) is not None}
+    for name, rope in ropes.items():
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"source={folder}: config.json has {name}={excerpt(rope)}, must be an object.")
+    theta = next((rope["rope_theta"] for rope in ropes.values() if "rope_theta" in rope), content.get("rope_theta"))
     theirs = {"vocab_size": 50304, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 6,
               "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "final_logit_softcapping": 15.0}  # fmt: skip
     value = {name: content.get(name, default) for name, default in theirs.items()}
@@ -164,7 +167,7 @@ def _stock_config(folder: str, content: dict[str, Any]) -> ModelConfig:
         "sequence_len": value["max_position_embeddings"], "vocab_size": value["vocab_size"],
         "n_layer": value["num_hidden_layers"], "n_head": value["num_attention_heads"], "n_embd": value["hidden_size"],
         "n_kv_head": content.get("num_key_value_heads") or value["num_attention_heads"],
-        "rope_theta": rope.get("rope_theta", content.get("rope_theta", STOCK["rope_theta"])),
+        "rope_theta": STOCK["rope_theta"] if theta is None else theta,
         "norm_eps": value["rms_norm_eps"], "logit_softcap": value["final_logit_softcapping"],
     }  # fmt: skip
     config = _made(folder, given)
@@ -173,13 +176,16 @@ def _stock_config(folder: str, content: dict[str, Any]) -> ModelConfig:
         if content.get(name, wanted[name]) != wanted[name]:
             raise ConfigError(f"{name}={excerpt(content[name])}: must be {wanted[name]} here. Name another model.")
     known = {"rope_theta": config.rope_theta, "rope_type": "default", "type": "default"}
-    for name, value in rope.items():
+    for name, value in (item for rope in ropes.values() for item in rope.items()):
         if name not in known or value != known[name]:
-            raise ConfigError(f"rope_parameters.{excerpt(name)}={excerpt(value)}: positions are turned otherwise here. "
+            raise ConfigError(f"rope: {excerpt(name)}={excerpt(value)}: positions are turned otherwise here. "
                               "Name another model.")  # fmt: skip
     for name, none in NOT_HERE.items():
         if content.get(name) not in (None, *none):
             raise ConfigError(f"{name}={excerpt(content[name])}: there is no such thing here. Name another model.")
+    types = content.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
+        raise ConfigError(f"layer_types={excerpt(types)}: must be full_attention here. Name another model.")
     if content.get("head_dim") not in (None, config.head_dim):
         raise ConfigError(f"head_dim={excerpt(content['head_dim'])}: must be {config.head_dim}. Name another model.")
     return config
@@ -199,6 +205,8 @@ def _made(folder: str, given: dict[str, Any]) -> ModelConfig:
             raise CheckpointError(
                 f"source={folder}: config.json has {name}={value}, which is no finite number. Fetch it again."
             )
+        if name in ABOVE_ZERO and isinstance(value, int | float) and value <= 0:
+            raise CheckpointError(f"source={folder}: config.json has {name}={value}, must be above 0. Fetch it again.")
         if isinstance(value, int) and name in LARGEST and not 0 < value <= (most := LARGEST[name]):
             raise CheckpointError(
                 f"source={folder}: config.json has {name}={value}, must be 1 to {most}. Name another model."

@@ -4,7 +4,8 @@ A step computes one token of every sequence that decodes, and chunks of prompts,
 prompt never stalls the others. Chunks end at multiples of CHUNK_TOKENS of their sequence, whatever the load. Full
 pages stay findable after their sequence's end: who begins alike starts behind them. When pages run out, the newest
 sequence gives its own back and is computed again later. What a request samples is a function of its own seed and
-position, never of its company.
+position, never of its company (in bfloat16, where a prompt's sums round otherwise than those of drawn tokens, what was
+computed again may go on otherwise).
 
 Shapes: N tokens of a step, B sequences, V vocabulary, C width.
 Sources of the ideas: continuous batching, Orca (OSDI 2022), section 3; chunked prefill, Sarathi-Serve (arXiv

@@ -47,7 +47,8 @@ inline float sum(Floats x) {
 
 // e^x for x <= 0 as 2^n e^r, |r| <= ln(2) / 2: n makes the exponent's bits, e^r is its series, within 2e-7.
 inline Floats exponential(Floats x) {
-  x = x < -87.0f ? x * 0 - 87.0f : x;
+  const Floats least = Floats{} - 87.0f;
+  x = x < least ? least : x;
   const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
   const Floats r = x - __builtin_convertvector(n, Floats) * 0.693147181f;
   const Floats series =
@@ -93,17 +94,16 @@ extern "C" void decode(const T* q, const T* k_new, const T* v_new, T* k_pages, T
           weights[token - begin] = sum(dot);
         });
         const float top = *std::max_element(weights, weights + count);
-        std::fill(weights + count, weights + padded, top - 1000);
-        for (int64_t t = 0; t < padded; t += LANES) {
-          const Floats weight = exponential(load(weights + t) - top);
-          store(weights + t, weight);
-          whole += weight;
-        }
+        std::fill(weights + count, weights + padded, top);
+        for (int64_t t = 0; t < padded; t += LANES) store(weights + t, exponential(load(weights + t) - top));
+        std::fill(weights + count, weights + padded, 0.0f);
+        for (int64_t t = 0; t < padded; t += LANES) whole += load(weights + t);
+        const float share = 1 / sum(whole);
+        for (int64_t t = 0; t < padded; t += LANES) store(weights + t, load(weights + t) * share);
         along(v, table, begin, place + 1, [&](int64_t token, const T* value) {
           for (int64_t n = 0; n < N; n++) total[n] += weights[token - begin] * load(value + n * LANES);
         });
-        const float share = 1 / sum(whole);
-        for (int64_t n = 0; n < N; n++) store(out + (b * H + h) * D + n * LANES, total[n] * share);
+        for (int64_t n = 0; n < N; n++) store(out + (b * H + h) * D + n * LANES, total[n]);
       }
     }
   }

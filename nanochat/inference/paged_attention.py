@@ -79,20 +79,17 @@ def decoding_attention(head_dim: int, page_tokens: int, dtype: torch.dtype) -> D
     with tempfile.TemporaryDirectory(prefix="nanochat-kernel-") as folder:
         path = Path(folder, "kernel.so")
         command = [compiler, *FLAGS, native, *sizes, "-x", "c++", "-", "-o", str(path)]
-        said = b""
+        story = ""
         for threads in (["-fopenmp"], []):
             try:
                 done = subprocess.run([*command, *threads], input=source, capture_output=True, timeout=BUILD_TIMEOUT_S)
-            except (OSError, subprocess.TimeoutExpired) as err:
-                said = str(err).encode()
-                continue
-            said = done.stderr
-            if done.returncode == 0:
+                story = done.stderr.decode("utf-8", "replace")
                 function = ctypes.CDLL(str(path)).decode
-                function.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 9 + [ctypes.c_float, ctypes.c_int]
-                function.restype = None
-                return DecodingAttention(function)
-    log.warning(
-        "attention by torch's products: %s built no kernel (%s)", compiler, excerpt(said.decode("utf-8", "replace"))
-    )
+            except (OSError, AttributeError, subprocess.TimeoutExpired) as err:
+                story += str(err)
+                continue
+            function.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 9 + [ctypes.c_float, ctypes.c_int]
+            function.restype = None
+            return DecodingAttention(function)
+    log.warning("attention by torch's products: %s built no kernel (%s)", compiler, excerpt(story))
     return None

@@ -163,8 +163,9 @@ class FlatBatch:
         groups: dict[tuple[bool, bool, int], _Group] = {}
         for chunk in chunks:
             is_fresh = chunk.start == 0 and len(chunk.tokens) > 1
-            key = (is_fresh, chunk.decodes, (len(chunk.tokens) - 1).bit_length())
-            group = groups.setdefault(key, _Group([], [], is_fresh, chunk.decodes and cache.kernel is not None))
+            by_kernel = chunk.decodes and cache.kernel is not None
+            key = (is_fresh, by_kernel, (len(chunk.tokens) - 1).bit_length())
+            group = groups.setdefault(key, _Group([], [], is_fresh, by_kernel))
             group.chunks.append(chunk)
             group.firsts.append(len(columns))
             before = [chunk.previous, *chunk.tokens[:-1]]

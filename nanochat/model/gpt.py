@@ -58,17 +58,17 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply by the transposed weight."""
-        if self.int8 is None and self.packed is None:
-            return F.linear(input, self.weight.to(input.dtype))
         if self.opaque is not None and torch.compiler.is_compiling():
             return self.opaque(input)
         return self.product(input)
 
     def product(self, input: Tensor) -> Tensor:
-        """Multiply by what stands in the weight's place."""
+        """Multiply by the weight or what stands in its place."""
         if self.int8 is not None:
             return self.int8(input)
-        return torch.ops.mkldnn._linear_pointwise(input, self.packed, None, "none", [], "")
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(input, self.packed, None, "none", [], "")
+        return F.linear(input, self.weight.to(input.dtype))
 
     def pack(self) -> None:
         """Keep a copy of a bfloat16 weight on CPU as oneDNN multiplies it; no gradient flows through that.

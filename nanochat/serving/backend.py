@@ -150,16 +150,14 @@ class EngineBackend:
 
     @classmethod
     def open(cls, config: ServingConfig) -> "EngineBackend":
-        """Load the models of a config, let each answer, and start.
+        """Load the models of a config, let each answer once, and start.
 
         Raises: CheckpointError, DataError or TokenizerMismatchError if one cannot be loaded.
         """
         hosted = [_hosted(config, name) for name in config.models]
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         for one in hosted:
-            request = Request(prompt=(one.model.tokenizer.bos,) * 8, max_new_tokens=4)
-            for count in (1, 2):  # steps of one token and of more are compiled apart
-                complete(one.source, [request] * count)
+            complete(one.source, [Request(prompt=(one.model.tokenizer.bos,) * 8, max_new_tokens=4)] * 2)
         return cls(hosted, config.stall_s)
 
     def close(self) -> None:

@@ -13,11 +13,15 @@ from nanochat import storage
 from nanochat.cluster.terminal import Terminal
 from nanochat.config.exchange import ExportConfig, ImportConfig
 from nanochat.exchange import hf_folder
-from nanochat.exchange.hf_folder import BEFORE_CONFIG, export_checkpoint
+from nanochat.exchange.hf_folder import UNFINISHED, export_checkpoint
 from nanochat.exchange.hf_model import is_vocabulary
 from nanochat.exchange.import_run import read_source, write_run
 from nanochat.training.checkpoint import named_checkpoint
 
+WRITTEN = {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+    "modeling_nanochat.py", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
 JOB = Path(nanochat.__file__).parent.parent / "ray_jobs" / "export.py"
 
 
@@ -49,7 +53,7 @@ def test_the_job_writes_a_folder_that_comes_back_bit_for_bit(run_dir, tmp_path, 
     folder = tmp_path / "deep" / "hf"
     code, lines = exported_by_the_job(config_for(run_dir, folder), monkeypatch)
     assert (code, lines) == (0, [f"exported   {folder}; its README.md is the model card, and says how others load it"])
-    assert set(storage.list_names(str(folder))) == {*BEFORE_CONFIG, "config.json"}
+    assert set(storage.list_names(str(folder))) == WRITTEN
     source = ImportConfig(source=str(folder), run_dir=str(tmp_path / "back"))
     back = write_run(read_source(source), source, lambda line: None)
     was = named_checkpoint(str(run_dir), "sft", pytest.fail)
@@ -62,12 +66,11 @@ def test_the_job_writes_a_folder_that_comes_back_bit_for_bit(run_dir, tmp_path, 
         assert not tensors[name][rows:].any(), "rows that pad the vocabulary stay here"
 
 
-@pytest.mark.parametrize("left", ["tokenizer.json", "model.safetensors", "model.safetensors.0a1b2c3d.partial"])
-def test_an_export_that_was_ended_is_done_again(run_dir, tmp_path, left, monkeypatch):
+def test_an_export_that_was_ended_is_done_again(run_dir, tmp_path, monkeypatch):
     folder = tmp_path / "hf"
-    storage.write_json(str(folder / left), {"cut": "short"})
 
     def ended(*_):
+        (folder / "model.safetensors.0a1b2c3d.partial").write_bytes(b"cut sho")  # as kill -9 leaves it
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -75,13 +78,15 @@ def test_an_export_that_was_ended_is_done_again(run_dir, tmp_path, left, monkeyp
         with pytest.raises(KeyboardInterrupt):
             export_checkpoint(config_for(run_dir, folder), pytest.fail)
     assert not (folder / "config.json").exists()
+    assert (folder / UNFINISHED).exists()
     export_checkpoint(config_for(run_dir, folder), pytest.fail)
+    assert set(storage.list_names(str(folder))) == WRITTEN
     again, fresh = (ImportConfig(source=str(one), run_dir="unused") for one in (folder, tmp_path / "fresh"))
     export_checkpoint(config_for(run_dir, tmp_path / "fresh"), pytest.fail)
     assert read_source(again).weights_sha256 == read_source(fresh).weights_sha256
 
 
-@pytest.mark.parametrize("there", ["config.json", "thesis.txt", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("there", ["config.json", "thesis.txt", "README.md", "model.safetensors", "x.partial"])
 def test_a_folder_that_holds_something_else_is_refused_and_keeps_it(run_dir, tmp_path, there, monkeypatch, capsys):
     folder = tmp_path / "hf"
     storage.write_json(str(folder / there), {"dear": "to me"})

@@ -198,7 +198,11 @@ def test_tensors_that_do_not_fit_are_named(name, damage, message, tmp_path):
         ("stock", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: there is no such thing"),
         ("stock", {"head_dim": 8}, "head_dim=8: must be 16"),
         ("stock", {"sliding_window": 8}, "sliding_window=8: there is no such thing"),
-        ("stock", {"layer_types": ["sliding_attention"]}, "layer_types=.*: there is no such thing"),
+        ("stock", {"layer_types": ["sliding_attention"]}, "layer_types=.*: must be full_attention"),
+        ("stock", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_type=linear"),
+        ("stock", {"rope_parameters": []}, r"rope_parameters=\[\], must be an object"),
+        ("stock", {"rms_norm_eps": -1.0}, r"norm_eps=-1\.0, must be above 0"),
+        ("full", {"logit_softcap": 0.0}, r"logit_softcap=0\.0, must be above 0"),
         ("stock", {"quantization_config": {"bits": 8}}, "quantization_config=.*: there is no such thing"),
         ("stock", {"vocab_size": 200}, "is of shape"),
     ],
@@ -216,7 +220,8 @@ def test_spellings_that_say_nothing_else_are_read(tmp_path):
     path = tmp_path / "config.json"
     content = json.loads(path.read_text())
     theta = content.pop("rope_parameters")["rope_theta"]
-    content |= {"rope_theta": theta, "rope_scaling": {"rope_type": "default"}, "head_dim": 16, "sliding_window": None}
+    content |= {"rope_theta": theta, "rope_scaling": {"rope_type": "default"}, "head_dim": 16, "sliding_window": None,
+                "layer_types": ["full_attention"] * 4}  # fmt: skip
     path.write_text(json.dumps(content))
     assert read_folder(str(tmp_path)).config == MODELS["stock"]
 

@@ -249,22 +249,71 @@ def test_a_number_makes_no_memory(tmp_path, monkeypatch):
         load_nanochat_checkpoint(*files)
 
 
-def test_parts_that_lie_in_one_place_are_refused_before_they_are_read(tmp_path, monkeypatch):
+def archived(path: Path, change) -> None:
+    """Write a torch file anew, its entries changed by `change(archive, entries)`."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        change(archive, entries)
+
+
+def lie_in_one_place(archive, entries):
+    for name, content in entries:
+        if "/data/" not in name or name.endswith("/data/0"):
+            archive.writestr(name, content)
+    (first,) = [entry for entry in archive.filelist if entry.filename.endswith("/data/0")]
+    for number in range(1, 50):
+        again = copy.copy(first)
+        again.filename = again.orig_filename = f"{first.filename[:-1]}{number}"
+        archive.filelist.append(again)
+
+
+def are_packed(archive, entries):
+    for name, content in entries:
+        archive.writestr(name, content, zipfile.ZIP_DEFLATED if "/data/" in name else zipfile.ZIP_STORED)
+
+
+@pytest.mark.parametrize("change", [lie_in_one_place, are_packed])
+def test_parts_that_take_more_than_the_file_are_refused_before_they_are_read(tmp_path, monkeypatch, change):
     state = {f"a{number}": torch.full((4096,), float(number)) for number in range(50)}
     files = write_checkpoint(tmp_path, state, SIZES)
-    with zipfile.ZipFile(files[0]) as archive, zipfile.ZipFile(tmp_path / "small.pt", "w") as small:
-        (first,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-        for entry in archive.infolist():
-            if "/data/" not in entry.filename or entry is first:
-                small.writestr(entry.filename, archive.read(entry))
-        (written,) = [entry for entry in small.infolist() if entry.filename.endswith("/data/0")]
-        for number in range(1, 50):
-            again = copy.copy(written)
-            again.filename = again.orig_filename = written.filename[:-1] + str(number)
-            small.filelist.append(again)
-    Path(files[0]).write_bytes((tmp_path / "small.pt").read_bytes())
+    archived(Path(files[0]), change)
     monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it is loaded"))
-    with pytest.raises(CheckpointError, match=r"cannot be read \(its parts overlap\)"):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(it is packed, or its parts overlap\)"):
+        load_nanochat_checkpoint(*files)
+
+
+def named_in_another_case(path: Path) -> None:
+    """torch finds its parts without regard to case."""
+
+    def change(archive, entries):
+        for name, content in entries:
+            archive.writestr(name.replace("data.pkl", "data.PKL"), content)
+
+    archived(path, change)
+
+
+def before_a_harmless_one(path: Path) -> None:
+    """Two archives of one length: Python takes the directory at the end, torch the one at the place that it names."""
+
+    def change(archive, entries):
+        for name, content in entries:
+            archive.writestr(name, b"\x80\x02}.".ljust(len(content)) if name.endswith("data.pkl") else content)
+
+    archived(path, lambda archive, entries: [archive.writestr(*entry) for entry in entries])
+    harmful = path.read_bytes()
+    archived(path, change)
+    path.write_bytes(harmful + path.read_bytes())
+
+
+@pytest.mark.parametrize("hide", [named_in_another_case, before_a_harmless_one])
+def test_what_torch_reads_is_what_is_checked(tmp_path, monkeypatch, hide):
+    files = write_checkpoint(tmp_path, {"lm_head.weight": Huge()}, SIZES)
+    hide(Path(files[0]))
+    with pytest.raises(MemoryError):
+        torch.load(files[0], weights_only=True)
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it is loaded"))
+    with pytest.raises(CheckpointError, match=r"cannot be read \(it names __builtin__ bytearray\)"):
         load_nanochat_checkpoint(*files)
 
 

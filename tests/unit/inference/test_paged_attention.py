@@ -107,6 +107,14 @@ def test_neither_threads_nor_company_change_a_bit(dtype):
         torch.set_num_threads(threads)
 
 
+def test_without_a_kernel_given_tokens_and_drawn_ones_are_one_group():
+    """CUDA graphs have one for each number of tokens, and know nothing of groups."""
+    cache = PagedKVCache(CONFIG, 4, torch.float32)
+    cache.kernel = None
+    batch = cache.batch([Chunk([5], 40, 7, [1, 2]), Chunk([5], 32, 7, [1, 3], is_given=True)])
+    assert [group.row_BT for group in batch._groups] == [None]
+
+
 @needs_compiler
 def test_the_last_token_of_a_prompt_is_computed_as_the_others_before_it(monkeypatch):
     """Whether they were computed before or are in the cache: alone it would be one token of a sequence, too."""
@@ -149,7 +157,7 @@ def test_without_a_compiler_torchs_products_do_it(anew, monkeypatch):
     torch.testing.assert_close(seen[0, 0], kv[0, 0].repeat_interleave(2, 0))
 
 
-@pytest.mark.parametrize("compiler", ["nowhere/g++", "false"])
+@pytest.mark.parametrize("compiler", ["nowhere/g++", "false", "true"])
 def test_a_compiler_that_fails_is_named_and_torchs_products_do_it(anew, monkeypatch, caplog, compiler):
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING):
