@@ -12,6 +12,7 @@ bin := $(VENV)/bin
 pip := $(bin)/pip --disable-pip-version-check
 vllm_pip = $(VLLM_VENV)/bin/pip --disable-pip-version-check install -qq $(index) \
   -c <(grep -v '^setuptools==' constraints-vllm.txt)
+two := -n 2 --dist loadfile
 index := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help demo test test-unit test-all test-vllm soak vllm audit lint format lock clean
@@ -44,9 +45,9 @@ test-all: $(VENV)/installed-dev
 # Parity; then with vLLM behind the same endpoint: every test of the API, lm-eval, a command until its end, a killed
 # replica, a lost node, a killed rollout actor. Of test_serving.py and test_rl.py the others are of what no engine changes.
 test-vllm: $(VLLM_VENV)/installed-dev
-	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_backend -m "not soak and not gpu"
+	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_backend -m "not soak and not gpu" $(two)
 	@OMP_NUM_THREADS=1 NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/e2e/test_api_*.py \
-	  -m "not soak and not gpu" --timeout 300
+	  -m "not soak and not gpu" --timeout 300 $(two)
 	@OMP_NUM_THREADS=1 NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/e2e/test_lm_eval.py -k texts_have
 	@NANOCHAT_BACKEND=vllm $(VLLM_VENV)/bin/python -m pytest tests/integration/test_serving.py \
 	  -k "chat_answer or hangs_up or cut_answer or ctrl_c" --timeout 300
