@@ -132,12 +132,12 @@ def lines_of_code() -> dict[Path, int]:
     return {path: code_lines(path.read_text(encoding="utf-8")) for path in LIBRARY + JOBS}
 
 
-@pytest.mark.xfail(reason="about 16,500 lines: to be cut, or the design's bound is set anew")
+@pytest.mark.xfail(reason="about 16,700 lines: to be cut, or the design's bound is set anew")
 def test_the_whole_is_short():
     assert 1_000 < sum(lines_of_code().values()) <= MAX_CODE_LINES
 
 
-@pytest.mark.xfail(reason="about 7,700 lines: to be cut, or the design's bound is set anew")
+@pytest.mark.xfail(reason="about 7,800 lines: to be cut, or the design's bound is set anew")
 def test_the_walk_is_short():
     walk = sum(count for path, count in lines_of_code().items() if path in LIBRARY and package_of(path) in WALK)
     assert 1_000 < walk <= MAX_WALK_LINES
