@@ -70,7 +70,7 @@ class CompiledSteps:
         except Exception as err:  # compilers fail in many ways, each with a class of its own
             if self.has_run:
                 raise
-            log.warning("steps are not compiled: %s", excerpt(err))
+            log.warning("steps are not compiled: %s", excerpt(err), exc_info=True)
             self.is_compiled = False
             return self.model(batch.tokens_BT, cache=batch)
         self.has_run = True

@@ -48,7 +48,7 @@ def load_engine(
     """Return the engine that a config names with a checkpoint's model, for requests of at most the model's row.
 
     On a CPU a core is left to the event loop and the proxy: products on all of them wait for the slowest. With
-    `compile: auto` its first steps, of one token and of more, take seconds each.
+    `compile: auto` its first step takes seconds.
 
     Raises: as `load_model`; ConfigError if the device has no room, or vLLM is not there or cannot compute the model.
     """
