@@ -7,6 +7,7 @@ labels, `--by-label` makes jobs obey them.
 import hashlib
 import importlib.metadata
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,10 @@ UNBOUNDED = 1000
 """Nodes that a group without a bound is taken to have."""
 ANSWER_S = 60.0
 """How long a node may take to say what it runs."""
+MAY_BE_GONE = (
+    ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError
+)  # fmt: skip
+"""What a task says of a node that has just died, or just come: not all of a cluster know it at the same moment."""
 
 
 def on_nodes_for(work: Work, cluster: ClusterConfig) -> dict[str, dict[str, str]]:
@@ -114,7 +119,7 @@ def software() -> dict[str, str]:
     """
     code = hashlib.sha256()
     folder = Path(nanochat.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.cpp")]):
         code.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return {
         "Python": platform.python_version(),
@@ -139,33 +144,46 @@ def check_software(drivers: Mapping[str, str], nodes: Mapping[str, str], node: s
 def check_nodes(run_dir: str) -> None:
     """Ask every node what it runs, and whether it sees the run directory.
 
-    Raises: ClusterError if one runs other software than this process, does not see the directory (checkpoints would be
-    lost), or does not answer.
+    One that dies meanwhile is none of them. Raises: ClusterError if one runs other software than this process, does not
+    see the directory (checkpoints would be lost), or does not answer.
     """
-    path = storage.absolute(run_dir)
-    answers: dict[Any, str] = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_answer)
-            answers[task.remote(path)] = node["NodeManagerAddress"]
-    ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_S)
-    if late:
-        names = ", ".join(sorted(answers[one] for one in late))
-        raise ClusterError(f"nodes={names}: have not answered for {ANSWER_S:g} s. Look at them with `ray status`.")
-    mine = software()
-    for one in ready:
-        node = f"node={answers[one]}"
+    path, mine, deadline = storage.absolute(run_dir), software(), time.monotonic() + ANSWER_S
+    asked = {_ask(node, path): node for node in _alive().items()}
+    while asked:
+        ready, _ = ray.wait(list(asked), timeout=max(deadline - time.monotonic(), 0))
+        if not ready:
+            names = ", ".join(sorted(address for _, address in asked.values()))
+            raise ClusterError(f"nodes={names}: have not answered for {ANSWER_S:g} s. Look at them with `ray status`.")
+        node = asked.pop(ready[0])
+        id, address = node
         try:
-            theirs, sees_it = ray.get(one)
+            theirs, sees_it = ray.get(ready[0])
         except (ray.exceptions.RayError, NanochatError) as err:
+            if id not in _alive():
+                continue
+            if isinstance(err, MAY_BE_GONE) and time.monotonic() < deadline:
+                time.sleep(1)
+                asked[_ask(node, path)] = node
+                continue
             raise ClusterError(
-                f"{node}: cannot run this project ({type(err).__name__}: {excerpt(str(err).splitlines()[-1])}). "
-                "Install it there, or use the Dockerfile's image."
+                f"node={address}: cannot run this project ({type(err).__name__}: "
+                f"{excerpt(str(err).splitlines()[-1])}). Install it there, or use the Dockerfile's image."
             ) from err
-        check_software(mine, theirs, answers[one])
+        check_software(mine, theirs, address)
         if not sees_it:
-            raise ClusterError(f"{node}: does not see run_dir={run_dir}. Put it where all nodes see it, or use a URI.")
+            raise ClusterError(
+                f"node={address}: does not see run_dir={run_dir}. Put it where all nodes see it, or use a URI."
+            )
+
+
+def _alive() -> dict[str, str]:
+    """Return the address of each living node, by its id."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _ask(node: tuple[str, str], path: str) -> Any:
+    here = NodeAffinitySchedulingStrategy(node[0], soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_answer).remote(path)
 
 
 class _Claim:

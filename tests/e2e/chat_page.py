@@ -179,6 +179,8 @@ def page(shared_endpoint, backend, open_page):
 
 
 def ask(page, text: str) -> None:
+    """Send a message, once the page sends one: not while an answer is on its way."""
+    page.locator("#send[aria-label=Send]").wait_for()
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")
 

@@ -83,6 +83,29 @@ def test_nodes_with_other_software_or_without_the_run_directory_are_named(ray_se
             nodes.check_nodes(str(tmp_path))
 
 
+def test_a_node_that_dies_while_it_is_asked_is_none_of_them(ray_session, tmp_path, monkeypatch):
+    """Listed as alive by what knows all nodes, and not known any more where its task is scheduled."""
+    import ray
+
+    from nanochat.cluster import nodes
+    from nanochat.errors import ClusterError
+
+    real, lists = ray.nodes(), []
+    ghost = real[0] | {"NodeID": "a" * len(real[0]["NodeID"]), "NodeManagerAddress": "192.0.2.7"}
+
+    def listed():
+        lists.append(1)
+        return [*real, ghost] if len(lists) < 3 else real
+
+    monkeypatch.setattr(ray, "nodes", listed)
+    nodes.check_nodes(str(tmp_path))
+    assert len(lists) == 3
+    monkeypatch.setattr(ray, "nodes", lambda: [*real, ghost])
+    monkeypatch.setattr(nodes, "ANSWER_S", 5.0)
+    with pytest.raises(ClusterError, match=r"^node=192\.0\.2\.7: cannot run this project \(TaskUnschedulableError: "):
+        nodes.check_nodes(str(tmp_path))
+
+
 def test_a_cluster_that_can_grow_is_waited_for(ray_session):
     """As the autoscaler tells Ray what it may start."""
     from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
