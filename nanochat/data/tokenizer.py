@@ -234,11 +234,13 @@ def _checked_merges(content: dict[str, Any]) -> list[bytes]:
         merges = [base64.b64decode(merge, validate=True) for merge in content["merges"]]
     except binascii.Error as err:
         raise ValueError(f"merges: {err}") from err
-    known = {bytes([byte]) for byte in range(NUM_BYTES)}
+    known, sizes = {bytes([byte]) for byte in range(NUM_BYTES)}, {1}
     for rank, merge in enumerate(merges):
-        if merge in known or not any(merge[:cut] in known and merge[cut:] in known for cut in range(1, len(merge))):
+        cuts = (cut for cut in range(1, len(merge)) if cut in sizes and len(merge) - cut in sizes)
+        if merge in known or not any(merge[:cut] in known and merge[cut:] in known for cut in cuts):
             raise ValueError(f"merge {rank}, {merge[:40]!r}, must be new and join two tokens before it")
         known.add(merge)
+        sizes.add(len(merge))
     return merges
 
 

@@ -244,6 +244,7 @@ def with_right_hash(content):
         (lambda content: with_right_hash(content | {"merges": ["YWI=", "YWI="]}), "must be new"),
         (lambda content: with_right_hash(content | {"merges": ["YWJj", "YWI="]}), "merge 0, b'abc', must .* join two"),
         (lambda content: with_right_hash(content | {"merges": ["YQ=="]}), "merge 0"),
+        (lambda content: with_right_hash(content | {"merges": ["YWFh" * 1_000_000]}), "merge 0"),
         (lambda content: with_right_hash(content | {"merges": None}), "cannot be used"),
         (lambda content: with_right_hash(content | {"pattern": 7}), "split pattern"),
         (lambda content: with_right_hash(content | {"pattern": ""}), "split pattern is none of nanochat, unspaced"),
