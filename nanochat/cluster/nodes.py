@@ -149,9 +149,13 @@ def check_nodes(run_dir: str) -> None:
     """
     path, mine, deadline = storage.absolute(run_dir), software(), time.monotonic() + ANSWER_S
     asked = {_ask(node, path): node for node in _alive().items()}
+    failed: dict[str, Exception] = {}
     while asked:
         ready, _ = ray.wait(list(asked), timeout=max(deadline - time.monotonic(), 0))
         if not ready:
+            for id, address in asked.values():
+                if id in failed:
+                    raise _unable(address, failed[id])
             names = ", ".join(sorted(address for _, address in asked.values()))
             raise ClusterError(f"nodes={names}: have not answered for {ANSWER_S:g} s. Look at them with `ray status`.")
         node = asked.pop(ready[0])
@@ -162,13 +166,11 @@ def check_nodes(run_dir: str) -> None:
             if id not in _alive():
                 continue
             if isinstance(err, MAY_BE_GONE) and time.monotonic() < deadline:
+                failed[id] = err
                 time.sleep(1)
                 asked[_ask(node, path)] = node
                 continue
-            raise ClusterError(
-                f"node={address}: cannot run this project ({type(err).__name__}: "
-                f"{excerpt(str(err).splitlines()[-1])}). Install it there, or use the Dockerfile's image."
-            ) from err
+            raise _unable(address, err) from err
         check_software(mine, theirs, address)
         if not sees_it:
             raise ClusterError(
@@ -179,6 +181,13 @@ def check_nodes(run_dir: str) -> None:
 def _alive() -> dict[str, str]:
     """Return the address of each living node, by its id."""
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _unable(address: str, err: Exception) -> ClusterError:
+    return ClusterError(
+        f"node={address}: cannot run this project ({type(err).__name__}: {excerpt(str(err).splitlines()[-1])}). "
+        "Install it there, or use the Dockerfile's image."
+    )
 
 
 def _ask(node: tuple[str, str], path: str) -> Any:

@@ -33,6 +33,9 @@ from nanochat.training.checkpoint import config_of, named_checkpoint, tokenizer_
 
 UNFINISHED = "export_unfinished"
 """A file that is there as long as an export is being written: what one that was ended has left is written again."""
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", f"{CODE}.py",
+         "README.md", "model.safetensors", "config.json")  # fmt: skip
+"""All that an export may write."""
 KIND = "nanochat_on_ray"
 """The key in config.json under which is said what a model can do that its architecture does not tell."""
 SAMPLING = {
@@ -68,7 +71,8 @@ def write_folder(
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": tokenizer_config(tokenizer, config.sequence_len, is_chat),
         "generation_config.json": ids
-        | {"eos_token_id": sorted({end, tokenizer.bos}), "do_sample": bool(sampling.get("temperature"))}
+        | {"eos_token_id": sorted({end, tokenizer.bos})}
+        | ({"do_sample": sampling["temperature"] > 0} if "temperature" in sampling else {})
         | sampling,
     }
     texts = {"chat_template.jinja": chat_template()} if is_chat else {}
@@ -99,10 +103,10 @@ def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
         raise ConfigError(f"output={folder}: holds {found[0]} already. Name another folder with --output.")
     card = model_card(config.run_dir, checkpoint, is_stock(model))
     try:
-        for name in found:  # of an export that was ended
-            if name.endswith(".partial"):
-                storage.remove(storage.join(folder, name))
         storage.write_json(storage.join(folder, UNFINISHED), {})
+        for name in found:  # of an export that was ended, perhaps of another model
+            if name in FILES or name.endswith(".partial"):
+                storage.remove(storage.join(folder, name))
         write_folder(
             folder, model, checkpoint.model_tensors(), tokenizer, is_chat=checkpoint.is_chat,
             generation=checkpoint.generation, dtype=getattr(torch, config.dtype), card=card,
@@ -136,6 +140,8 @@ def _generation(folder: str) -> dict[str, float]:
         return {}
     content = read_object(folder, "generation_config.json")
     found = {name: content[name] for name in SAMPLING if content.get(name) is not None}
+    if content.get("do_sample") is False:
+        found["temperature"] = 0.0
     for name, value in found.items():
         low, high = SAMPLING[name]
         is_number = isinstance(value, int if name == "top_k" else int | float) and not isinstance(value, bool)

@@ -8,7 +8,6 @@ others would sample their ids. Both ways the bits of all other rows are the same
 Not covered: smear, which neither target has a place for; writing shards of 5 GB (nanochat's models are small).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -35,6 +34,8 @@ LARGEST = {
     "n_embd": 1 << 15,
 }  # fmt: skip
 """Of a stranger's config: what it says is built before it is compared with the weights."""
+LONGEST_PATTERN = 1 << 8
+LARGEST_FACTOR = {"rope_theta": 1e12, "qk_gain": 1e3, "norm_eps": 1.0, "logit_softcap": 1e3}
 ABOVE_ZERO = ("norm_eps", "rope_theta", "logit_softcap")
 NOT_HERE = {
     "quantization_config": (), "sliding_window": (), "partial_rotary_factor": (1, 1.0),
@@ -201,12 +202,21 @@ def _made(folder: str, given: dict[str, Any]) -> ModelConfig:
                 f"source={folder}: config.json has {name}={excerpt(repr(value))}, must be {expected.__name__}. "
                 "Fetch it again."
             )
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, int | float) and name in LARGEST_FACTOR:
+            if not abs(value) <= LARGEST_FACTOR[name]:
+                raise CheckpointError(
+                    f"source={folder}: config.json has {name}={excerpt(value)}, must be at most {LARGEST_FACTOR[name]:g}. "
+                    "Fetch it again."
+                )
+            if name in ABOVE_ZERO and value <= 0:
+                raise CheckpointError(
+                    f"source={folder}: config.json has {name}={value}, must be above 0. Fetch it again."
+                )
+        if isinstance(value, str) and len(value) > LONGEST_PATTERN:
             raise CheckpointError(
-                f"source={folder}: config.json has {name}={value}, which is no finite number. Fetch it again."
+                f"source={folder}: config.json has {name}={excerpt(value)}, must be at most {LONGEST_PATTERN} letters. "
+                "Name another model."
             )
-        if name in ABOVE_ZERO and isinstance(value, int | float) and value <= 0:
-            raise CheckpointError(f"source={folder}: config.json has {name}={value}, must be above 0. Fetch it again.")
         if isinstance(value, int) and name in LARGEST and not 0 < value <= (most := LARGEST[name]):
             raise CheckpointError(
                 f"source={folder}: config.json has {name}={value}, must be 1 to {most}. Name another model."

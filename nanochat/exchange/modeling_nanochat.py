@@ -20,6 +20,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 VALUE_GATE_CHANNELS = 12
+SHORT_WINDOW_MULTIPLE = 128
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What `generate` calls the cache: the first in transformers 5.24, the second in 5.19."""
 
@@ -42,7 +43,10 @@ class NanochatOnRayConfig(PretrainedConfig):
     ) -> None:  # fmt: skip
         self.sequence_len, self.vocab_size, self.n_layer = sequence_len, vocab_size, n_layer
         self.n_head, self.n_kv_head, self.n_embd = n_head, n_kv_head, n_embd
-        self.window_pattern, self.windows = window_pattern, windows or [sequence_len] * n_layer
+        short = -(-sequence_len // 4 // SHORT_WINDOW_MULTIPLE) * SHORT_WINDOW_MULTIPLE
+        letters = (window_pattern * n_layer)[: n_layer - 1] + "L"
+        self.window_pattern = window_pattern
+        self.windows = windows or [short if letter == "S" else sequence_len for letter in letters]
         self.value_embeddings, self.residual_scalars, self.backout = value_embeddings, residual_scalars, backout
         self.smear = smear
         self.rope_theta, self.qk_gain, self.norm_eps, self.logit_softcap = rope_theta, qk_gain, norm_eps, logit_softcap
@@ -136,6 +140,8 @@ class NanochatOnRayForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanochatOnRayConfig
     base_model_prefix = "transformer"
     _supports_sdpa = True
+    accepts_loss_kwargs = False
+    """transformers' Trainer divides the loss by its accumulation steps, since `forward` does not."""
     _no_split_modules: ClassVar = ["NanochatBlock"]
 
     def __init__(self, config: NanochatOnRayConfig) -> None:
@@ -174,7 +180,12 @@ class NanochatOnRayForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None, cache: Cache | None = None, use_cache: bool | None = None,
         labels: Tensor | None = None, logits_to_keep: int | Tensor = 0, **others: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Return float32 logits_BTV under the soft-cap, and the cache; `labels` gives a mean loss of what follows."""
+        """Return float32 logits_BTV under the soft-cap, and the cache; `labels` gives a mean loss of what follows.
+
+        Raises: ValueError if what the blocks compute is asked for.
+        """
+        if asked := [name for name in ("output_hidden_states", "output_attentions") if others.get(name)]:
+            raise ValueError(f"{asked[0]}: this model does not return them. Leave it out.")
         config, T = self.config, input_ids.shape[1]
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:

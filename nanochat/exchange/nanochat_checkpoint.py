@@ -20,13 +20,12 @@ from torch import Tensor
 from nanochat import storage
 from nanochat.config.model import STOCK, ModelConfig
 from nanochat.errors import CheckpointError, ConfigError, excerpt
-from nanochat.exchange.hf_model import DTYPES, is_vocabulary
+from nanochat.exchange.hf_model import DTYPES, LONGEST_PATTERN, is_vocabulary
 from nanochat.model.gpt import GPT
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 LARGEST_SIZE = 1 << 24
 LARGEST_META_BYTES = 1 << 20
-LONGEST_PATTERN = 1 << 8
 NAMES_CALLS = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
 ADMITTED = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch [A-Za-z0-9]+Storage"

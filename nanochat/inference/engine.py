@@ -26,6 +26,7 @@ from nanochat.inference.paged_cache import PAGE_TOKENS, Chunk, PagedKVCache, pag
 from nanochat.inference.requests import Event, Load, Request
 from nanochat.inference.sampling import likelihoods
 from nanochat.model.gpt import GPT
+from nanochat.training.checkpoint import load_parameters
 
 CHUNK_TOKENS = 96
 """Of a prompt in one step. At 128 prompts make the answers beside them stutter 2.6 times their pace, at 96 2.2 times,
@@ -170,14 +171,17 @@ class Engine:
         self._parked = []
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Go on with other weights: what is cached is forgotten, and what runs is computed again from its tokens."""
+        """Go on with other weights: what is cached is forgotten, and what runs is computed again from its tokens.
+
+        Raises: CheckpointError if they are not this model's; then nothing has changed.
+        """
+        load_parameters(self.model, dict(weights), "weights")  # in place: graphs know where they lie
+        self.model.prepare_for_inference()
         self._leave_parked()
         for sequence in reversed(list(self._running)):
             self._end(sequence)
             self._waiting.appendleft(sequence)
         self.pool = PagePool(self.pool.pages + 1, PAGE_TOKENS)
-        self.model.load_state_dict(weights)  # in place: graphs know where they lie
-        self.model.prepare_for_inference()
 
     def _schedule(self) -> list[tuple[_Sequence, int]]:
         """Choose what the step computes, and give it pages: first who decodes, then who has begun, then who waits."""

@@ -212,7 +212,7 @@ class GroupSampler:
         with torch.device("meta"):  # nothing is drawn
             model = GPT(self.model, self.dtype)
         model.load_state_dict(tensors, assign=True)
-        return Engine(model.to(self.device).prepare_for_inference(), max_running=self.running)
+        return Engine(model.to(self.device, self.dtype).prepare_for_inference(), max_running=self.running)
 
     def add(self, group: int) -> None:
         """Begin to sample a group; a prompt that leaves no room gets empty samples."""

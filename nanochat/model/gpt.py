@@ -11,6 +11,7 @@ ReLU^2 arXiv:2109.08668; value embeddings arXiv:2410.17897; scalars, backout and
 Not covered: mixture of experts, dropout, tensor parallelism.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -75,9 +76,17 @@ class Linear(nn.Linear):
 
         A product of few rows otherwise spends a third to a half of its time on the layout (256 x 256 and 1 row: 15 us
         against 22; 8,192 x 256: 85 against 186; 1 core, AMD EPYC, 2026-11-25). torch.compile's freezing does the same.
+        Where oneDNN has no bfloat16 for a processor there is no such copy.
         """
-        if self.int8 is None and self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16:
+        is_half = self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16
+        if self.int8 is None and is_half and packs_bfloat16():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_ROWS)
+
+
+@functools.cache
+def packs_bfloat16() -> bool:
+    """Tell whether oneDNN multiplies bfloat16 on this processor, be it slowly."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def rotate(x_BTHD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:

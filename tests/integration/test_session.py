@@ -105,6 +105,14 @@ def test_a_node_that_dies_while_it_is_asked_is_none_of_them(ray_session, tmp_pat
     with pytest.raises(ClusterError, match=r"^node=192\.0\.2\.7: cannot run this project \(TaskUnschedulableError: "):
         nodes.check_nodes(str(tmp_path))
 
+    def crashes(path):
+        os._exit(1)
+
+    monkeypatch.setattr(ray, "nodes", lambda: real)
+    monkeypatch.setattr(nodes, "_answer", crashes)
+    with pytest.raises(ClusterError, match=r"^node=[\d.]+: cannot run this project \(WorkerCrashedError: "):
+        nodes.check_nodes(str(tmp_path))
+
 
 def test_a_cluster_that_can_grow_is_waited_for(ray_session):
     """As the autoscaler tells Ray what it may start."""

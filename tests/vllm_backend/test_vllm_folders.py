@@ -31,15 +31,15 @@ FULL = ModelConfig(
 MODELS = {"full": FULL, "stock": stock(FULL)}
 MESSAGES = [{"role": "system", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "the end\n"}]}]  # fmt: skip
-NEW_TOKENS = 16
+NEW_TOKENS, EACH = 16, 4
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
-folder, implementation, prompts, messages, tokens = json.loads(sys.argv[1])
+folder, implementation, prompts, each, messages, tokens = json.load(sys.stdin)
 model = LLM(folder, model_impl=implementation, dtype="float32", enforce_eager=True, max_num_batched_tokens=96,
             max_num_seqs=8, enable_chunked_prefill=True, max_logprobs=-1, logprobs_mode="raw_logits",
             kv_cache_memory_bytes=1 << 27)
-params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=-1, detokenize=False)
+params = SamplingParams(temperature=0, max_tokens=each, ignore_eos=True, logprobs=-1, detokenize=False)
 told = []
 for _ in range(2):
     for one in model.generate([{"prompt_token_ids": ids} for ids in prompts], params):
@@ -65,10 +65,11 @@ def by_vllm(folder: Path, implementation: str, prompts: list[list[int]], plugins
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                     "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
     environment |= {} if plugins is None else {"VLLM_PLUGINS": plugins}
-    asked = json.dumps([str(folder), implementation, prompts, MESSAGES, NEW_TOKENS])
+    asked = json.dumps([str(folder), implementation, prompts, EACH, MESSAGES, NEW_TOKENS])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, asked], env=environment, cwd=folder, capture_output=True, text=True, timeout=250
-    )
+        [sys.executable, "-c", SCRIPT], env=environment, cwd=folder, capture_output=True, text=True, timeout=250,
+        input=asked,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
     return json.loads(line.removeprefix("TOLD "))
@@ -80,13 +81,14 @@ def test_vllm_loads_the_folder_and_says_what_we_say(name, implementation, plugin
     model, folder = random_model(config), tmp_path / "folder"
     write_folder(str(folder), config, model.state_dict(), TOKENIZER, is_chat=True, generation={})
     draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(250, (length,), generator=draw).tolist() for length in (1, 31, 129, 300)]
+    lengths = [1, 31, 32, 33, 127, 128, 129, 255, 400, *torch.randint(1, 401, (191,), generator=draw).tolist()]
+    prompts = [torch.randint(250, (length,), generator=draw).tolist() for length in lengths]
     told = by_vllm(folder, implementation, prompts, plugins)
     assert told["knows_us"] == (name == "full"), "stock is loaded without our plugin"
     for number, (tokens, logits) in enumerate(told["answers"]):
         row = torch.tensor([[*prompts[number % len(prompts)], *tokens]])
         with torch.no_grad():
-            expected = model.logits(model(row))[0, -NEW_TOKENS - 1 : -1]
+            expected = model.logits(model(row))[0, -EACH - 1 : -1]
         torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-3)
         assert tokens == expected.argmax(-1).tolist()
     assert told["prompt"] == chat_prompt(TOKENIZER, MESSAGES, 9)

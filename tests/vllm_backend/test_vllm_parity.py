@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FULL = ModelConfig(sequence_len=512, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=128)
 """Windows of 128 tokens in all layers but the last; a vocabulary that is padded."""
-MODELS = {"full": FULL, "stock": stock(FULL)}
+MODELS = {"full": FULL, "stock": stock(replace(FULL, n_head=3, n_kv_head=1, n_embd=192))}
 PROMPTS, NEW_TOKENS, LONGEST = 200, 4, 400
 
 
@@ -138,6 +138,8 @@ def test_four_implementations_agree_over_200_prompts(name, greedy, tmp_path):
             actual_tokens, actual_logits = greedy(ours, asked)
             assert actual_tokens == tokens
             assert worst(actual_logits, logits) < 1e-3
+        if isinstance(ours, Engine) and ours.compiled is not None:
+            assert ours.compiled.is_compiled
         assert ours.load().prefix_hits > 5_000
 
 

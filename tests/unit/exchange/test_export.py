@@ -71,6 +71,7 @@ def test_an_export_that_was_ended_is_done_again(run_dir, tmp_path, monkeypatch):
 
     def ended(*_):
         (folder / "model.safetensors.0a1b2c3d.partial").write_bytes(b"cut sho")  # as kill -9 leaves it
+        assert (folder / "chat_template.jinja").exists()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -84,6 +85,21 @@ def test_an_export_that_was_ended_is_done_again(run_dir, tmp_path, monkeypatch):
     again, fresh = (ImportConfig(source=str(one), run_dir="unused") for one in (folder, tmp_path / "fresh"))
     export_checkpoint(config_for(run_dir, tmp_path / "fresh"), pytest.fail)
     assert read_source(again).weights_sha256 == read_source(fresh).weights_sha256
+
+
+def test_nothing_of_an_export_that_was_ended_is_left_beside_another_model(run_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "hf"
+    for name in WRITTEN | {"notes.txt"}:
+        storage.write_json(str(folder / name), {"of": "another"})
+    storage.write_json(str(folder / UNFINISHED), {})
+
+    def stops(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf_folder, "write_folder", stops)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(config_for(run_dir, folder), pytest.fail)
+    assert set(storage.list_names(str(folder))) == {UNFINISHED, "notes.txt"}
 
 
 @pytest.mark.parametrize("there", ["config.json", "thesis.txt", "README.md", "model.safetensors", "x.partial"])

@@ -12,6 +12,7 @@ from nanochat.config.model import ModelConfig, stock
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
 from nanochat.errors import CheckpointError, ConfigError, NanochatError
 from nanochat.exchange.hf_folder import read_folder, write_folder
+from nanochat.exchange.modeling_nanochat import NanochatOnRayConfig
 from nanochat.model.gpt import GPT
 
 MERGES = [b"th", b"the", b" t", b" the", b"in", b"er", b"an", b"on"]
@@ -186,6 +187,11 @@ def test_tensors_that_do_not_fit_are_named(name, damage, message, tmp_path):
         ("full", {"windows": [512] * 4}, "windows="),
         ("full", {"vocab_size": 1 << 40}, "vocab_size="),
         ("full", {"smear": 1}, "smear=1, must be bool"),
+        ("full", {"rope_theta": 10**400}, "rope_theta=10*\\.*, must be at most 1e.12"),
+        ("full", {"qk_gain": -1e300}, "qk_gain=-1e.300, must be at most 1000"),
+        ("full", {"qk_gain": float("nan")}, "qk_gain=nan, must be at most 1000"),
+        ("full", {"norm_eps": 10**400}, "norm_eps=10*\\.*, must be at most 1"),
+        ("full", {"n_layer": 512, "window_pattern": "S" * (1 << 22)}, "window_pattern=S*.*, must be at most 256"),
         ("stock", {"hidden_act": "gelu"}, "hidden_act=gelu: must be relu2"),
         ("stock", {"attention_bias": True}, "attention_bias=True: must be False"),
         ("stock", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn"),
@@ -213,6 +219,39 @@ def test_a_config_that_says_something_else_is_refused(name, change, message, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(NanochatError, match=message):
         read_folder(str(tmp_path))
+
+
+def test_a_config_that_leaves_windows_out_has_the_same_in_both():
+    for given in (SIZES, SIZES | {"window_pattern": "SSL"}, SIZES | {"sequence_len": 4096, "window_pattern": "L"}):
+        assert NanochatOnRayConfig(**given).windows == ModelConfig(**given).windows
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ({"do_sample": False, "temperature": 0.9, "top_k": 200}, {"temperature": 0.0, "top_k": 200}),
+        ({"do_sample": True, "temperature": 0.9}, {"temperature": 0.9}),
+        ({"do_sample": False}, {"temperature": 0.0}), ({}, {}),
+    ],
+)  # fmt: skip
+def test_how_to_sample_is_read_as_transformers_means_it(said, read, tmp_path):
+    export(tmp_path, MODELS["stock"])
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert read_folder(str(tmp_path)).generation == read
+
+
+@pytest.mark.parametrize("generation", [{}, {"temperature": 0.0}, SAMPLING])
+def test_how_to_sample_comes_back(generation, tmp_path):
+    write_folder(str(tmp_path), FULL, random_model(FULL).state_dict(), TOKENIZER, is_chat=False, generation=generation)
+    assert read_folder(str(tmp_path)).generation == generation
+
+
+def test_what_the_code_in_the_folder_cannot_return_is_refused(tmp_path):
+    export(tmp_path, FULL)
+    model = theirs(tmp_path, FULL)
+    with pytest.raises(ValueError, match=r"^output_hidden_states: this model does not return them"):
+        model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert not model.accepts_loss_kwargs, "Trainer divides by its accumulation steps"
 
 
 def test_spellings_that_say_nothing_else_are_read(tmp_path):

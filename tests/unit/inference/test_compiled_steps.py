@@ -53,6 +53,9 @@ def requests(count: int, seed: int = 1) -> list[Request]:
 def warmed(model: GPT) -> Engine:
     engine = Engine(model, max_running=16, compiled=True)
     complete(engine, [Request(prompt=(5,) * 8, max_new_tokens=4)] * 2)
+    assert engine.compiled is not None
+    assert engine.compiled.is_compiled
+    assert engine.compiled.has_run
     return engine
 
 

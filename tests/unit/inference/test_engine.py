@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanochat.config.model import ModelConfig
 from nanochat.data.tokenizer import SPLIT_PATTERNS, Tokenizer
-from nanochat.errors import ConfigError
+from nanochat.errors import CheckpointError, ConfigError
 from nanochat.inference.completions import complete
 from nanochat.inference.decoding_graphs import DecodingGraphs
 from nanochat.inference.engine import CHUNK_TOKENS, Engine
@@ -83,6 +83,20 @@ def test_other_weights_lie_where_the_old_ones_did():
             weight, torch.cat([part.weight for part in (block.attn.c_q, block.attn.c_k, block.attn.c_v)])
         )
     assert complete(engine, [request([7, 3, 9])])[0].tokens == slowly(other, [7, 3, 9], 24)
+
+
+@pytest.mark.parametrize("change", [{"lm_head.weight": None}, {"lm_head.weight": torch.zeros(2, 2)},
+                                    {"other": torch.zeros(1)}], ids=["lacks", "shape", "unknown"])  # fmt: skip
+def test_weights_of_another_model_are_refused_and_nothing_changes(change):
+    engine = Engine(random_model(1), max_running=2)
+    weights = {name: one for name, one in (random_model(2).state_dict() | change).items() if one is not None}
+    engine.add(request([7, 3, 9]))
+    events = engine.step()
+    with pytest.raises(CheckpointError, match=f"weights: does not fit the model in {next(iter(change))}"):
+        engine.load_weights(weights)
+    while events[-1].finish_reason is None:
+        events += engine.step()
+    assert [event.token for event in events] == slowly(random_model(1), [7, 3, 9], 24)
 
 
 class Again:

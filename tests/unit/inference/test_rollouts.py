@@ -32,11 +32,13 @@ def policy(seed: int) -> GPT:
     return model
 
 
-def sampler(task=TASK, running: int = 16, device: str | torch.device = "cpu", **changes) -> GroupSampler:
+def sampler(
+    task=TASK, running: int = 16, device: str | torch.device = "cpu", own: torch.dtype = torch.float32, **changes
+) -> GroupSampler:
     fields = {"task": "gsm8k", "samples_per_group": 4, "max_new_tokens": 60, "temperature": 0.8, "dtype": "float32"}
     config = RLConfig(**(fields | changes))
     return GroupSampler(
-        config, TOKENIZER, task, MODEL, dtype=torch.float32, device=torch.device(device), running=running
+        config, TOKENIZER, task, MODEL, dtype=own, device=torch.device(device), running=running
     )  # fmt: skip
 
 
@@ -100,6 +102,32 @@ def test_a_group_is_the_same_in_any_company(running):
     third = sampler(seed=1)
     third.load(0, packed_weights(policy(0)))
     assert run(third, [5])[5].samples[0].tokens != expected.samples[0].tokens
+
+
+@pytest.mark.parametrize("learners", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
+def test_whoever_samples_computes_in_the_dtype_of_its_own_hardware(learners, own):
+    """Also with weights that come later: of bfloat16 ones there may be packed copies."""
+    source = sampler(own=own)
+    policies = [policy(seed).to(learners).float() for seed in range(2)]
+    for version, rounded in enumerate(policies):
+        model = GPT(MODEL, learners)
+        model.load_state_dict(rounded.state_dict())
+        source.load(version, packed_weights(model))
+        found = run(source, [5])[5]
+        off = [
+            torch.tensor(
+                [
+                    abs(logprob - expected)
+                    for sample, row in zip(found.samples, recomputed(one, found, 0.8), strict=True)
+                    for logprob, expected, forced in zip(sample.logprobs, row, sample.is_forced, strict=True)
+                    if not forced
+                ]
+            ).mean()
+            for one in policies
+        ]
+        assert off[version] < (1e-5 if own == torch.float32 else 0.05)
+        assert off[1 - version] > 0.2, "it is not the other policy's"
 
 
 def test_weights_that_change_while_it_samples_are_used_from_the_next_token_on(device):
