@@ -36,12 +36,20 @@ def endpoint_session(
     Raises: ConfigError if the address cannot be listened on; CheckpointError if there is no such model; ClusterError if
     no replica starts.
     """
-    serving = pinned(serving if is_joined(cluster) else check_address(serving), terminal.line)
+    if not is_joined(cluster):
+        serving = check_address(serving)
+        if serving.dtype == "int8":
+            from nanochat.inference.load import check_int8
+
+            check_int8()
+    serving = pinned(serving, terminal.line)
     terminal.line(f"models     {', '.join(serving.models)}; engine {serving.backend}, {serving.dtype}")
+    longer = "; steps are compiled, which takes a while the first time" if serving.compile == "auto" else ""
+    terminal.line(f"starting   replicas: processes, then weights{longer}")
+    began_s = time.monotonic()
     with serve_session(serving, replicas, cluster) as address:
         from nanochat.cluster.deployments import deploy, end
 
-        began_s = time.monotonic()
         deploy(APPLICATION, "/", serving, replicas)
         if replicas.min_replicas:
             wait_until_ready(address)
@@ -67,13 +75,16 @@ def run_endpoint(
         terminal.line("ending when the running answers have; press Ctrl-C again to leave at once")
 
     from nanochat.serving.gate import api_keys
+    from nanochat.training.checkpoint import STAGES, Checkpoint
 
     keys = api_keys(serving)
     with endpoint_session(serving, replicas, cluster, terminal) as address, on_interrupt(stop):
         terminal.line(f"page       {address}/")
         terminal.line(f"API        {address}/v1")
-        name = serving.models[0].partition("=")[0]
-        terminal.line(curl_line(address, {"id": name}, bool(keys)))
+        name, _, folder = serving.models[0].partition("=")
+        source = folder or name
+        is_chat = source != "pretrain" if source in STAGES else Checkpoint(storage.absolute(source)).is_chat
+        terminal.line(curl_line(address, {"id": name, "kind": "chat" if is_chat else "base"}, bool(keys)))
         if is_check:
             terminal.line(f"answer     {one_answer(address, name, keys[0].decode() if keys else None)}")
             return

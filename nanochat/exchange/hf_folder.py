@@ -19,12 +19,14 @@ from nanochat.errors import CheckpointError, ConfigError, excerpt
 from nanochat.exchange.hf_model import (
     CODE,
     MODEL_TYPE,
+    SUMS,
     check_exportable,
     exported_config,
     exported_tensors,
     read_model,
     read_object,
     write_model,
+    write_sums,
 )
 from nanochat.exchange.hf_tokenizer import chat_template, tokenizer_config, tokenizer_from_json, tokenizer_json
 from nanochat.exchange.model_card import model_card
@@ -34,7 +36,7 @@ from nanochat.training.checkpoint import config_of, named_checkpoint, tokenizer_
 UNFINISHED = "export_unfinished"
 """A file that is there as long as an export is being written: what one that was ended has left is written again."""
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", f"{CODE}.py",
-         "README.md", "model.safetensors", "config.json")  # fmt: skip
+         "README.md", "model.safetensors", "config.json", SUMS)  # fmt: skip
 """All that an export may write."""
 KIND = "nanochat_on_ray"
 """The key in config.json under which is said what a model can do that its architecture does not tell."""
@@ -62,7 +64,7 @@ def write_folder(
     folder: str, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, *, is_chat: bool,
     generation: Mapping[str, float], dtype: torch.dtype = torch.float32, card: str | None = None,
 ) -> None:  # fmt: skip
-    """Write all files, config.json last. Raises: ConfigError if the model cannot be exported."""
+    """Write all files, weights last. Raises: ConfigError if the model cannot be exported."""
     content = exported_config(config, dtype)
     end = tokenizer.special("<|assistant_end|>") if is_chat else tokenizer.bos
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": tokenizer.bos}
@@ -86,6 +88,7 @@ def write_folder(
         with storage.atomic_write(storage.join(folder, name)) as file:
             file.write(text.encode())
     write_model(folder, content | ids | {KIND: {"is_chat": is_chat}}, exported_tensors(tensors, config, dtype))
+    write_sums(folder)
 
 
 def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
@@ -99,7 +102,7 @@ def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
     check_exportable(model)
     folder = storage.absolute(config.output)
     found = storage.list_names(folder)
-    if found and UNFINISHED not in found:
+    if found and not any(name.startswith(UNFINISHED) for name in found):
         raise ConfigError(f"output={folder}: holds {found[0]} already. Name another folder with --output.")
     card = model_card(config.run_dir, checkpoint, is_stock(model))
     try:
@@ -113,7 +116,10 @@ def export_checkpoint(config: ExportConfig, note: Callable[[str], None]) -> str:
         )  # fmt: skip
         storage.remove(storage.join(folder, UNFINISHED))
     except OSError as err:
-        raise ConfigError(f"output={folder}: cannot be written ({excerpt(err)}). Name another folder.") from err
+        raise ConfigError(
+            f"output={folder}: cannot be written ({excerpt(err)}). Make room there and run the same command again, or "
+            "name another folder."
+        ) from err
     return folder
 
 
@@ -122,6 +128,8 @@ def read_folder(folder: str) -> HfModel:
 
     Raises: CheckpointError, ConfigError or DataError naming the file, field or tensor that does not fit.
     """
+    if UNFINISHED in storage.list_names(folder):
+        raise CheckpointError(f"source={folder}: is of an export that was ended. Run export.py again, as before.")
     config, tensors = read_model(folder)
     tokenizer = tokenizer_from_json(read_object(folder, "tokenizer.json"), storage.join(folder, "tokenizer.json"))
     if tokenizer.vocab_size != config.vocab_size:

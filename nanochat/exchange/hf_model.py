@@ -8,8 +8,10 @@ others would sample their ids. Both ways the bits of all other rows are the same
 Not covered: smear, which neither target has a place for; writing shards of 5 GB (nanochat's models are small).
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ MODEL_TYPE = "nanochat_on_ray"
 ARCHITECTURE = "NanochatOnRayForCausalLM"
 CODE = "modeling_nanochat"
 STOCK_TYPE, STOCK_ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
+SUMS = "SHA256SUMS"
+"""Of the weights, as `sha256sum -c` reads it; a folder without it is read as well."""
 LARGEST_JSON_BYTES = 1 << 26
 LARGEST = {
     "sequence_len": 1 << 20, "vocab_size": 1 << 20, "n_layer": 1 << 9, "n_head": 1 << 9, "n_kv_head": 1 << 9,
@@ -36,7 +40,13 @@ LARGEST = {
 """Of a stranger's config: what it says is built before it is compared with the weights."""
 LONGEST_PATTERN = 1 << 8
 LARGEST_FACTOR = {"rope_theta": 1e12, "qk_gain": 1e3, "norm_eps": 1.0, "logit_softcap": 1e3}
-ABOVE_ZERO = ("norm_eps", "rope_theta", "logit_softcap")
+ABOVE_ZERO = ("norm_eps", "rope_theta", "logit_softcap", "qk_gain")
+THEIRS = {
+    "sequence_len": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "norm_eps": "rms_norm_eps",
+    "logit_softcap": "final_logit_softcapping",
+}  # fmt: skip
+"""What `NanoChatConfig` calls our fields, where it has another name."""
 NOT_HERE = {
     "quantization_config": (), "sliding_window": (), "partial_rotary_factor": (1, 1.0),
 }  # fmt: skip
@@ -116,6 +126,8 @@ def read_object(folder: str, name: str) -> dict[str, Any]:
         raise CheckpointError(f"source={path}: is larger than {LARGEST_JSON_BYTES} bytes. Fetch it again.")
     try:
         content = storage.read_json(path)
+    except OSError as err:
+        raise CheckpointError(f"source={path}: cannot be read ({excerpt(err)}). Fetch it again.") from err
     except (ValueError, RecursionError) as err:
         raise CheckpointError(f"source={path}: is no JSON ({excerpt(err.__cause__ or err)}). Fetch it again.") from err
     if not isinstance(content, dict):
@@ -164,14 +176,15 @@ def _stock_config(folder: str, content: dict[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"source={folder}: config.json has {absent[0]}=None, must be a number. Name another model."
         )
+    kv_heads = content.get("num_key_value_heads")
     given = STOCK | {
         "sequence_len": value["max_position_embeddings"], "vocab_size": value["vocab_size"],
         "n_layer": value["num_hidden_layers"], "n_head": value["num_attention_heads"], "n_embd": value["hidden_size"],
-        "n_kv_head": content.get("num_key_value_heads") or value["num_attention_heads"],
+        "n_kv_head": value["num_attention_heads"] if kv_heads is None else kv_heads,
         "rope_theta": STOCK["rope_theta"] if theta is None else theta,
         "norm_eps": value["rms_norm_eps"], "logit_softcap": value["final_logit_softcapping"],
     }  # fmt: skip
-    config = _made(folder, given)
+    config = _made(folder, given, THEIRS)
     wanted = transformers_config(config)
     for name in ("intermediate_size", "hidden_act", "attention_bias", "tie_word_embeddings"):
         if content.get(name, wanted[name]) != wanted[name]:
@@ -192,35 +205,23 @@ def _stock_config(folder: str, content: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def _made(folder: str, given: dict[str, Any]) -> ModelConfig:
+def _made(folder: str, given: dict[str, Any], spelled: Mapping[str, str] = MappingProxyType({})) -> ModelConfig:
     defaults = asdict(ModelConfig())
     for name, value in given.items():
+        said = f"source={folder}: config.json has {spelled.get(name, name)}={excerpt(repr(value))}, must be"
         expected = float if name == "norm_eps" else type(defaults[name])
         fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
         if (isinstance(value, bool) and expected is not bool) or not (fits or (name == "norm_eps" and value is None)):
-            raise CheckpointError(
-                f"source={folder}: config.json has {name}={excerpt(repr(value))}, must be {expected.__name__}. "
-                "Fetch it again."
-            )
+            raise CheckpointError(f"{said} {expected.__name__}. Fetch it again.")
         if isinstance(value, int | float) and name in LARGEST_FACTOR:
             if not abs(value) <= LARGEST_FACTOR[name]:
-                raise CheckpointError(
-                    f"source={folder}: config.json has {name}={excerpt(value)}, must be at most {LARGEST_FACTOR[name]:g}. "
-                    "Fetch it again."
-                )
+                raise CheckpointError(f"{said} at most {LARGEST_FACTOR[name]:g}. Fetch it again.")
             if name in ABOVE_ZERO and value <= 0:
-                raise CheckpointError(
-                    f"source={folder}: config.json has {name}={value}, must be above 0. Fetch it again."
-                )
+                raise CheckpointError(f"{said} above 0. Fetch it again.")
         if isinstance(value, str) and len(value) > LONGEST_PATTERN:
-            raise CheckpointError(
-                f"source={folder}: config.json has {name}={excerpt(value)}, must be at most {LONGEST_PATTERN} letters. "
-                "Name another model."
-            )
-        if isinstance(value, int) and name in LARGEST and not 0 < value <= (most := LARGEST[name]):
-            raise CheckpointError(
-                f"source={folder}: config.json has {name}={value}, must be 1 to {most}. Name another model."
-            )
+            raise CheckpointError(f"{said} at most {LONGEST_PATTERN} letters. Name another model.")
+        if isinstance(value, int) and name in LARGEST and not 0 < value <= LARGEST[name]:
+            raise CheckpointError(f"{said} 1 to {LARGEST[name]}. Name another model.")
     return ModelConfig(**given)
 
 
@@ -230,17 +231,42 @@ def _tensors(folder: str) -> dict[str, Tensor]:
     if storage.exists(storage.join(folder, "model.safetensors.index.json")):
         index = read_object(folder, "model.safetensors.index.json").get("weight_map")
         names = {str(name) for name in index.values()} if isinstance(index, dict) else set()
-    tensors: dict[str, Tensor] = {}
+    tensors, sums = {}, _sums(folder)
     for name in sorted(names):
         path = storage.join(folder, name)
         if "/" in name or not name.endswith(".safetensors") or not storage.exists(path):
             raise CheckpointError(f"source={folder}: has no weights {excerpt(name)}. Fetch all files of the model.")
         try:
             with storage.open_read(path) as file:
-                tensors |= load(file.read())
-        except (SafetensorError, ValueError) as err:
+                data = file.read()
+            if name in sums and hashlib.sha256(data).hexdigest() != sums[name]:
+                raise CheckpointError(
+                    f"source={path}: is not what {SUMS} says. Fetch it again; if you changed it, delete {SUMS}."
+                )
+            tensors |= load(data)
+        except (SafetensorError, ValueError, OSError) as err:
             raise CheckpointError(f"source={path}: cannot be read ({excerpt(err)}). Fetch it again.") from err
     return tensors
+
+
+def write_sums(folder: str) -> None:
+    """Write the hash of the weights in a folder."""
+    name = "model.safetensors"
+    with storage.atomic_write(storage.join(folder, SUMS)) as file:
+        file.write(f"{storage.sha256_file(storage.join(folder, name))}  {name}\n".encode())
+
+
+def _sums(folder: str) -> dict[str, str]:
+    """Return the hash that a folder has of each file, none where it has none."""
+    path = storage.join(folder, SUMS)
+    if not storage.exists(path) or storage.size_bytes(path) > LARGEST_JSON_BYTES:
+        return {}
+    try:
+        with storage.open_read(path) as file:
+            lines = file.read().decode().splitlines()
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"source={path}: cannot be read ({excerpt(err)}). Fetch it again.") from err
+    return {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
 
 
 def _fitted(folder: str, found: dict[str, Tensor], config: ModelConfig, stock: bool) -> dict[str, Tensor]:

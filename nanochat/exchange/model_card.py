@@ -95,7 +95,7 @@ def model_card(run_dir: str, checkpoint: Checkpoint, stock: bool) -> str:
     own = {name: found for name, found in models.items() if found["weights"] == checkpoint.weights_sha256}
     runs = {stage.run.root: stage.run for stage in stages}
     trained = [trained_figures(stage) for stage in stages]
-    name = storage.name_of(folder.root)
+    name = "-".join([storage.name_of(folder.root), *(stage.name for stage in stages[-1:])])
     values = {
         "metadata": front_matter(name, checkpoint.is_chat, own),
         "titles": TITLES, "name": name, "stock": stock, "is_chat": checkpoint.is_chat,

@@ -15,7 +15,7 @@ from nanochat.model.gpt import GPT
 from nanochat.model.int8 import convert_to_int8, multiplies_int8
 from nanochat.run_context import RunContext
 from nanochat.training.checkpoint import Checkpoint, config_of, load_parameters
-from nanochat.training.hardware import can_compile, choose_hardware, multiplies_bfloat16
+from nanochat.training.hardware import Hardware, can_compile, choose_hardware, multiplies_bfloat16
 
 
 def load_model(
@@ -31,15 +31,22 @@ def load_model(
     """
     config = config_of(checkpoint, tokenizer)
     hardware = choose_hardware(LearnerConfig(dtype="bfloat16" if dtype == "int8" else dtype), run)
-    if dtype == "int8" and not (multiplies_int8(hardware.device) and multiplies_bfloat16(hardware.device)):
-        raise ConfigError(
-            f"dtype=int8: is for CPUs with AVX512-VNNI and AVX512-BF16; this process computes on {hardware.name}. "
-            "Leave it out."
-        )
+    if dtype == "int8":
+        check_int8(hardware)
     model = GPT(config, hardware.dtype)
     load_parameters(model, checkpoint.model_tensors(), checkpoint.folder)
     model = model.to(hardware.device, hardware.dtype)
     return convert_to_int8(model) if dtype == "int8" else model.prepare_for_inference()
+
+
+def check_int8(hardware: Hardware | None = None) -> None:
+    """Raise ConfigError if hardware, none = this process's, has no products of 8-bit integers."""
+    hardware = hardware or choose_hardware(LearnerConfig(), RunContext())
+    if not (multiplies_int8(hardware.device) and multiplies_bfloat16(hardware.device)):
+        raise ConfigError(
+            f"dtype=int8: is for CPUs with AVX512-VNNI and AVX512-BF16; this process computes on {hardware.name}. "
+            "Leave it out."
+        )
 
 
 def load_engine(

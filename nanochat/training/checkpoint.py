@@ -162,8 +162,8 @@ def newest_of(stage: StageFolder, note: Callable[[str], None]) -> Checkpoint:
     step = newest_checkpoint(stage.checkpoints, passed_over=note)
     if step is None:
         raise CheckpointError(
-            f"run_dir={stage.root}: has no complete checkpoint. Train that stage first, name another --run-dir, or a "
-            "checkpoint by --base STEP_FOLDER where the command has that."
+            f"run_dir: {stage.root} has no complete checkpoint. Train that stage first, name another --run-dir, or "
+            "where the command takes one the step_ folder of a checkpoint."
         )
     return Checkpoint(step_folder(stage.checkpoints, step))
 

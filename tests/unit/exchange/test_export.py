@@ -19,7 +19,7 @@ from nanochat.exchange.import_run import read_source, write_run
 from nanochat.training.checkpoint import named_checkpoint
 
 WRITTEN = {
-    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+    "README.md", "SHA256SUMS", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
     "modeling_nanochat.py", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 JOB = Path(nanochat.__file__).parent.parent / "ray_jobs" / "export.py"
@@ -91,7 +91,7 @@ def test_nothing_of_an_export_that_was_ended_is_left_beside_another_model(run_di
     folder = tmp_path / "hf"
     for name in WRITTEN | {"notes.txt"}:
         storage.write_json(str(folder / name), {"of": "another"})
-    storage.write_json(str(folder / UNFINISHED), {})
+    storage.write_json(str(folder / f"{UNFINISHED}.0a1b2c3d.partial"), {})  # as kill -9 leaves it at its first moment
 
     def stops(*_, **__):
         raise KeyboardInterrupt
@@ -128,4 +128,4 @@ def test_a_disk_that_is_full_ends_in_one_line(run_dir, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(hf_folder, "write_model", full)
     assert exported_by_the_job(config_for(run_dir, tmp_path / "hf"), monkeypatch) == (2, [])
-    assert "hf: cannot be written ([Errno 28] No space left on device). Name another folder." in capsys.readouterr().err
+    assert "hf: cannot be written ([Errno 28] No space left on device). Make room there and" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Exported folders load in transformers and come back bit for bit; what does not fit is refused by name."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -174,6 +175,7 @@ def test_tensors_that_do_not_fit_are_named(name, damage, message, tmp_path):
     export(tmp_path, MODELS[name])
     tensors = load_file(tmp_path / "model.safetensors") | damage
     save_file({key: one for key, one in tensors.items() if one is not None}, tmp_path / "model.safetensors")
+    (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match=message):
         read_folder(str(tmp_path))
 
@@ -187,6 +189,11 @@ def test_tensors_that_do_not_fit_are_named(name, damage, message, tmp_path):
         ("full", {"windows": [512] * 4}, "windows="),
         ("full", {"vocab_size": 1 << 40}, "vocab_size="),
         ("full", {"smear": 1}, "smear=1, must be bool"),
+        ("full", {"sequence_len": -1}, "sequence_len=-1, must be 1 to 1048576"),
+        ("full", {"qk_gain": 0}, "qk_gain=0, must be above 0"),
+        ("stock", {"num_hidden_layers": -1}, "num_hidden_layers=-1, must be 1 to 512"),
+        ("stock", {"num_key_value_heads": 0}, "num_key_value_heads=0, must be 1 to 512"),
+        ("stock", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6', must be float"),
         ("full", {"rope_theta": 10**400}, "rope_theta=10*\\.*, must be at most 1e.12"),
         ("full", {"qk_gain": -1e300}, "qk_gain=-1e.300, must be at most 1000"),
         ("full", {"qk_gain": float("nan")}, "qk_gain=nan, must be at most 1000"),
@@ -266,13 +273,36 @@ def test_spellings_that_say_nothing_else_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b"\xff\xfe", "a folder"])
 def test_a_file_that_is_missing_or_damaged_is_named(file, content, tmp_path):
     export(tmp_path, FULL)
     (tmp_path / file).unlink()
-    if content is not None:
+    if content == "a folder":
+        (tmp_path / file).mkdir()
+    elif content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(NanochatError, match=file.replace(".", r"\.")):
+        read_folder(str(tmp_path))
+
+
+def test_a_flipped_bit_of_the_weights_is_seen_and_others_folders_have_no_hash(tmp_path):
+    export(tmp_path, FULL)
+    weights = tmp_path / "model.safetensors"
+    assert (tmp_path / "SHA256SUMS").read_text() == (
+        hashlib.sha256(weights.read_bytes()).hexdigest() + "  model.safetensors\n"
+    )
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is not what SHA256SUMS says\. Fetch it again"):
+        read_folder(str(tmp_path))
+    (tmp_path / "SHA256SUMS").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="SHA256SUMS: cannot be read"):
+        read_folder(str(tmp_path))
+    (tmp_path / "SHA256SUMS").unlink()
+    assert read_folder(str(tmp_path)).config == FULL
+    (tmp_path / "export_unfinished").write_text("{}")
+    with pytest.raises(CheckpointError, match="is of an export that was ended"):
         read_folder(str(tmp_path))
 
 
