@@ -38,7 +38,7 @@ def test_the_command_that_is_shown_asks_a_model_what_it_can_answer(model, path, 
     said: list[str] = []
     terminal = SimpleNamespace(line=said.append)
     folder = tmp_path / "step_000001"
-    storage.write_json(str(folder / "state.json"), {"format": 1, "stage": {}})  # a base model's
+    storage.write_json(str(folder / "state.json"), {"format_version": 1, "stage": {}})  # a base model's
     monkeypatch.setattr(endpoint_session, "endpoint_session", lambda *_: contextlib.nullcontext("http://here"))
     monkeypatch.setattr(endpoint_session, "one_answer", lambda *_: "Me.")
     serving = ServingConfig(run_dir=str(tmp_path), models=(model.replace("FOLDER", str(folder)),))
