@@ -76,7 +76,6 @@ class Linear(nn.Linear):
 
         A product of few rows otherwise spends a third to a half of its time on the layout (256 x 256 and 1 row: 15 us
         against 22; 8,192 x 256: 85 against 186; 1 core, AMD EPYC, 2026-11-25). torch.compile's freezing does the same.
-        Where oneDNN has no bfloat16 for a processor there is no such copy.
         """
         is_half = self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16
         if self.int8 is None and is_half and packs_bfloat16():

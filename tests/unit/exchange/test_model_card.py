@@ -256,7 +256,7 @@ def test_the_hub_reads_the_metadata(run):
     data = ModelCard(model_card(str(run), checkpoint_of(run, "sft"), stock=False)).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", None)
     assert data.tags == ["nanochat", "nanochat-on-ray", "conversational"]
-    assert data.model_name == "tiny"
+    assert data.model_name == "tiny-sft"
     assert [(one.dataset_type, one.metric_type, one.metric_value, one.metric_args) for one in data.eval_results] == [
         ("arithmetic", "accuracy", 0.9375, {"n": 80, "stderr": 0.0125}),
         ("spelling", "accuracy", 0.5, {"n": 64, "stderr": 0.0125}),
@@ -318,7 +318,8 @@ def test_the_commands_are_those_of_the_architecture(run):
     assert "$ vllm serve FOLDER --model-impl transformers\n" in stock
     assert "NanoChatForCausalLM" in stock
     assert full.count('("FOLDER", trust_remote_code=True)') == 2
-    assert "$ pip install -e PATH_OF_NANOCHAT_ON_RAY\n$ vllm serve FOLDER\n" in full
+    ours = "PATH_OF_NANOCHAT_ON_RAY"
+    assert f"$ pip install -c {ours}/constraints-vllm.txt -e {ours}\n$ vllm serve FOLDER\n" in full
     assert "--model-impl" not in full
     assert "NanoChatForCausalLM" not in full
 
@@ -418,7 +419,7 @@ def test_nothing_that_a_run_says_can_change_the_form_of_the_card(run, tmp_path):
         assert shown in hostile.text
     forms = [metadata(card) for card in cards]
     assert [list(form) for form in forms] == [["library_name", "pipeline_tag", "tags", "model-index"]] * 2
-    assert forms[1]["model-index"][0]["name"] == excerpt(HOSTILE.replace("/", "_")[:100])
+    assert forms[1]["model-index"][0]["name"] == excerpt(HOSTILE.replace("/", "_")[:100] + "-rl")
     assert forms[1]["model-index"][0]["results"][0]["dataset"] == {"type": whole, "name": whole}
     for escaped in ("www.evil", "https://evil", "http://evil", "$$"):
         assert escaped not in cards[1].split("---\n", 2)[2], "what more than CommonMark makes of it"
