@@ -20,6 +20,7 @@ index := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 help:
 	@echo "make demo      train a tokenizer, a base model and a chat model here, let it practise, show and serve it"
 	@echo "               TORCH_INDEX=URL  take torch from another index (a smaller CPU build)"
+	@echo "               CI=1  leave after the first answer instead of serving until Ctrl-C"
 	@echo "               DEMO_FLAGS='--corpus.corpus PATH'  use other text; see ray_jobs/speedrun.py demo --help"
 	@echo "make test      lint, types, unit tests, and one real-Ray test per promise"
 	@echo "               make test-unit PYTHON=python3.12 VENV=.venv312  with another Python, beside .venv"
