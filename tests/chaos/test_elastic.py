@@ -13,7 +13,7 @@ from nanochat.training.checkpoint import steps_found
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 300
+STEPS = 200
 ROWS = 32
 PRETRAIN = (
     "ray_jobs/pretrain.py", "--address", "auto", "--by-label", "--depth", "2", "--head-dim", "16", "--n-embd", "32",
