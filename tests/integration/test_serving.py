@@ -253,6 +253,7 @@ def test_a_killed_cluster_leaves_no_proxy_on_the_port(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_config_file_is_served(tmp_path):
     from nanochat.cluster.endpoint_session import wait_until_ready
     from nanochat.cluster.ingress import free_ports
@@ -275,7 +276,7 @@ def test_the_config_file_is_served(tmp_path):
         )  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"
-        wait_until_ready(address)
+        wait_until_ready(address, 200)  # its steps are compiled, for the first time perhaps
         outcome = run(lambda session: stream(session, address, HELLO | {"max_tokens": 8}, path=CHAT))
         assert outcome.is_complete, outcome
         dashboard = re.search(r"dashboard at \S*?(http://[\d.:]+)", (tmp_path / "log").read_text())
