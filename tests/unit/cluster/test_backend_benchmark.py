@@ -1,5 +1,8 @@
 """The comparison of engines: the same requests in turns, ratios of one round each, no process left behind."""
 
+import multiprocessing
+import threading
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -7,9 +10,12 @@ import pytest
 from nanochat.cluster import backend_benchmark
 from nanochat.cluster.backend_benchmark import measure_backends, timed
 from nanochat.cluster.serving_benchmark import NEW_TOKENS
+from nanochat.config.model import ModelConfig
 from nanochat.errors import ClusterError, ConfigError
 from nanochat.inference import vllm_engine
+from nanochat.inference.engine import Engine
 from nanochat.inference.requests import Event
+from nanochat.model.gpt import GPT
 
 SPEEDS = {"native": [5.0, 300.0, 100.0, 220.0], "vllm": [1.0, 200.0, 125.0, 100.0]}
 """Of a warm-up and three rounds: 1.5, 0.8 and 2.2 times as fast."""
@@ -71,6 +77,30 @@ def test_a_process_that_ends_is_said(monkeypatch):
     monkeypatch.setattr(backend_benchmark, "_work", ends_at_once)
     with pytest.raises(ClusterError, match=r"^backend: its process has ended, or does not answer"):
         backend_benchmark._Worker("run", "native")
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_an_engine_whose_steps_could_not_be_compiled_is_not_measured(monkeypatch, tiny_engine, is_compiled):
+    tiny_engine.compiled = SimpleNamespace(is_compiled=is_compiled)
+    for name in ("newest_of", "load_engine", "timed"):
+        monkeypatch.setattr(backend_benchmark, name, lambda *_, of=name: tiny_engine if of == "load_engine" else of)
+    monkeypatch.setattr(backend_benchmark.Tokenizer, "load", lambda folder: None)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send((1, 0))
+    worker = threading.Thread(target=backend_benchmark._work, args=(theirs, "run", "native"), daemon=True)
+    worker.start()
+    ours.recv()  # its threads
+    if is_compiled:
+        assert ours.recv() == "timed"
+        ours.close()
+    worker.join(20)
+    assert not worker.is_alive()
+    assert is_compiled or not ours.poll()
+
+
+@pytest.fixture
+def tiny_engine() -> Engine:
+    return Engine(GPT(ModelConfig(sequence_len=32, vocab_size=40, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)))
 
 
 def ends_at_once(*_) -> None:
