@@ -6,7 +6,8 @@ from pathlib import Path
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # a Ray of this user alone, also on a shared machine; the token is in ~/.ray/auth_token
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed after half a second, not two
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    # a node that was just lost still counts for some seconds: then workers are counted anew
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_worker_niceness": "0",  # on few cores Ray's own idle processes come before workers of its default, 15
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in workers
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

@@ -13,8 +13,8 @@ from nanochat.training.checkpoint import steps_found
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 200
-ROWS = 32
+STEPS = 240
+ROWS = 16
 PRETRAIN = (
     "ray_jobs/pretrain.py", "--address", "auto", "--by-label", "--depth", "2", "--head-dim", "16", "--n-embd", "32",
     "--window-pattern", "L", "--num-steps", str(STEPS), "--global-batch-tokens", str(ROWS * 512), "--dtype", "float32",

@@ -36,7 +36,7 @@ def command(run: Path, *flags: str) -> list[str]:
     """Pretraining of one worker, a step of which takes some tenths of a second."""
     return [
         sys.executable, "ray_jobs/pretrain.py", "--run-dir", str(run), "--depth", "2", "--head-dim", "16", "--n-embd",
-        "32", "--window-pattern", "L", "--num-steps", str(STEPS), "--global-batch-tokens", "32768", "--dtype",
+        "32", "--window-pattern", "L", "--num-steps", str(STEPS), "--global-batch-tokens", "4096", "--dtype",
         "float32", "--compile", "off", "--evaluate-every", "0", "--sample-every", "0", "--log-every", "1",
         "--cpus-per-worker", "0.5", "--checkpoint-every", "20", *flags,
     ]  # fmt: skip

@@ -17,14 +17,15 @@ from nanochat import storage
 pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(2400)]
 
 MINUTES = 15
+STEP_TOKENS = 32768
 
 
 def test_goodput_under_a_kill_a_minute(small, tmp_path: Path):  # noqa: F811
     """Useful steps of all that were executed, and useful time of all time; the kills are at moments drawn by a seed."""
     run = tmp_path / "run"
     shutil.copytree(small, run)
-    flags = ("--num-steps", "3000", "--num-workers", "2", "--log-row-ids", "--max-failures", "1000",
-             "--node-failure-s", "60")  # fmt: skip
+    flags = ("--num-steps", "3000", "--global-batch-tokens", str(STEP_TOKENS), "--num-workers", "2", "--log-row-ids",
+             "--max-failures", "1000", "--node-failure-s", "60")  # fmt: skip
     arguments = command(run, *flags)
     cadence = arguments.index("--checkpoint-every")
     del arguments[cadence : cadence + 2]  # what the run chooses itself
@@ -52,7 +53,7 @@ def test_goodput_under_a_kill_a_minute(small, tmp_path: Path):  # noqa: F811
     useful = max(executed) + 1
     assert set(executed) == set(range(useful)), "no step is missing"
     records = [record for record in storage.read_jsonl(str(folder / "metrics.jsonl")) if "loss" in record]
-    step_s = 32768 / statistics.median(record["tokens_per_s"] for record in records)
+    step_s = STEP_TOKENS / statistics.median(record["tokens_per_s"] for record in records)
     notes = [record["note"] for record in storage.read_jsonl(str(folder / "notes.jsonl"))]
     print(
         f"{kills} kills in {all_s:.0f} s: {useful} useful of {len(executed)} executed steps "
