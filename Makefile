@@ -40,8 +40,11 @@ test: lint test-unit
 test-unit: $(VENV)/installed-dev
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests/unit -m "not slow" -n logical --maxprocesses 8 --dist loadfile
 
+# Two at once what starts no Ray: those that do are themselves some ten processes, and some have bounds of time.
+without_ray := tests/unit $(wildcard tests/e2e/test_api_*.py) tests/e2e/test_lm_eval.py
 test-all: $(VENV)/installed-dev
-	@$(bin)/python -m pytest tests -m "slow or gpu"
+	@OMP_NUM_THREADS=1 $(bin)/python -m pytest $(without_ray) -m "slow or gpu" --timeout 180 $(two)
+	@$(bin)/python -m pytest tests/chaos tests/integration tests/e2e $(without_ray:%=--ignore=%) -m "slow or gpu"
 
 # Parity; then with vLLM behind the same endpoint: every test of the API, lm-eval, a command until its end, a killed
 # replica, a lost node, a killed rollout actor. Of test_serving.py and test_rl.py the others are of what no engine changes.

@@ -86,52 +86,63 @@ def process_of(job: subprocess.Popen, title: str) -> psutil.Process:
     )  # fmt: skip
 
 
-FAULTS = {
-    "worker": ("ray::RayTrainWorker", signal.SIGKILL),
-    "controller": ("ray::TrainController", signal.SIGKILL),
-    "control store": ("gcs_server", signal.SIGKILL),
-    "raylet": ("raylet/raylet", signal.SIGKILL),
-    "data coordinator": ("ray::SplitCoordinator", signal.SIGKILL),
+def ended(job: subprocess.Popen, timeout_s: float) -> tuple[str, float]:
+    """Wait for a job's end; returns what it said and how long it took."""
+    began_s = time.monotonic()
+    _, said = job.communicate(timeout=timeout_s)
+    took_s = time.monotonic() - began_s
+    print(f"exit code {job.returncode} after {took_s:.0f} s: {said.strip().splitlines()[-1][:160]}")
+    assert "Traceback" not in said, said
+    return said, took_s
+
+
+@pytest.mark.slow
+def test_the_controller_is_killed_then_the_whole_process_group_gets_a_signal(small, calm, tmp_path):
+    """Each ends the command soon; the same command goes on each time, and ends the same.
+
+    `timeout` and some schedulers send SIGTERM so: Ray's processes get it, too.
+    """
+    run = tmp_path / "run"
+    shutil.copytree(small, run)
+    job = started(run, until_step=30)
+    process_of(job, "ray::TrainController").kill()
+    said, took_s = ended(job, 240)
+    assert job.returncode == 2, said
+    assert took_s < 60, said
+    job = started(run, until_step=60)
+    os.killpg(job.pid, signal.SIGTERM)
+    said, took_s = ended(job, 120)
+    assert job.returncode in (1, 2, 130), said
+    assert took_s < 30, said
+    subprocess.run(command(run), cwd=ROOT, check=True, timeout=240, stderr=subprocess.DEVNULL)
+    assert losses(run / "pretrain") == calm
+    begun = [note for note in notes(run / "pretrain") if "starts at step" in note]
+    assert len(begun) == 3
+    assert not any(note.endswith("step 0") for note in begun[1:]), begun
+
+
+PROCESSES = {
+    "worker": "ray::RayTrainWorker",
+    "control store": "gcs_server",
+    "raylet": "raylet/raylet",
+    "data coordinator": "ray::SplitCoordinator",
 }
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(fault, marks=pytest.mark.slow if fault == "controller" else pytest.mark.soak) for fault in FAULTS],
-)
-def test_whatever_process_is_killed_the_same_command_ends_the_same(small, calm, tmp_path, fault):
+@pytest.mark.soak
+@pytest.mark.parametrize("title", PROCESSES.values(), ids=PROCESSES)
+def test_whatever_process_is_killed_the_same_command_ends_the_same(small, calm, tmp_path, title):
     """The job goes on by itself, or ends within a minute with an error; the same command goes on then."""
     run = tmp_path / "run"
     shutil.copytree(small, run)
     job = started(run, until_step=30)
-    title, number = FAULTS[fault]
-    process_of(job, title).send_signal(number)
-    began_s = time.monotonic()
-    _, said = job.communicate(timeout=240)
-    ended_s = time.monotonic() - began_s
-    assert "Traceback" not in said, said
-    print(f"{fault}: exit code {job.returncode} after {ended_s:.0f} s: {said.strip().splitlines()[-1][:160]}")
+    process_of(job, title).kill()
+    said, took_s = ended(job, 240)
     if job.returncode:
-        assert ended_s < 60, said
+        assert took_s < 60, said
         subprocess.run(command(run), cwd=ROOT, check=True, timeout=240, stderr=subprocess.DEVNULL)
     assert losses(run / "pretrain") == calm
     assert any("starts at step" in note and not note.endswith("step 0") for note in notes(run / "pretrain"))
-
-
-@pytest.mark.slow
-def test_a_signal_to_the_whole_process_group(small, calm, tmp_path):
-    """As `timeout` and some schedulers send it: Ray's processes end, too; the command ends soon and can be repeated."""
-    run = tmp_path / "run"
-    shutil.copytree(small, run)
-    job = started(run, until_step=30)
-    os.killpg(job.pid, signal.SIGTERM)
-    began_s = time.monotonic()
-    _, said = job.communicate(timeout=120)
-    print(f"exit code {job.returncode} after {time.monotonic() - began_s:.0f} s: {said.strip().splitlines()[-1][:160]}")
-    assert time.monotonic() - began_s < 30, said
-    assert job.returncode in (1, 2, 130), said
-    subprocess.run(command(run), cwd=ROOT, check=True, timeout=240, stderr=subprocess.DEVNULL)
-    assert losses(run / "pretrain") == calm
 
 
 @pytest.mark.slow

@@ -78,19 +78,17 @@ def finetune(ray_session, run_dir):
     return train
 
 
-@pytest.mark.parametrize("places", [("step",), pytest.param(("write", "after_save"), marks=pytest.mark.slow)])
-def test_kills_of_fine_tuning_change_nothing(finetune, tmp_path, places):
+def test_kills_of_fine_tuning_change_nothing(finetune, tmp_path):
     """Kill -9 in a step, during a checkpoint, just after one: losses, rows, weights, optimiser bit for bit."""
     from faulty_worker import Kill
 
     assert finetune(tmp_path / "calm") is not None
     marks = tmp_path / "marks"
     marks.mkdir()
-    every = [Kill("step", rank=1, count=6), Kill("write", rank=0, count=1), Kill("after_save", rank=1, count=1)]
-    kills = [kill for kill in every if kill.place in places]
+    kills = [Kill("step", rank=1, count=6), Kill("write", rank=0, count=1), Kill("after_save", rank=1, count=1)]
     assert finetune(tmp_path / "killed", kills, marks) is not None
-    assert len(list(marks.iterdir())) == len(kills) == len(places), "every kill happened"
-    assert len([note for note in notes_of(tmp_path / "killed") if "failed: " in note]) >= len(kills)
+    assert len(list(marks.iterdir())) == 3, "every kill happened"
+    assert len([note for note in notes_of(tmp_path / "killed") if "failed: " in note]) >= 3
     assert_same_run(tmp_path / "killed", tmp_path / "calm", 12)
     bits = [
         [record["val_bpb"] for record in read_jsonl(f"{folder}/metrics.jsonl") if "val_bpb" in record]

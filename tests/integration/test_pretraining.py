@@ -103,19 +103,16 @@ def untouched(pretrain, runs):
     return folder
 
 
-@pytest.mark.parametrize("places", [("after_save",), pytest.param(("step", "write"), marks=pytest.mark.slow)])
-def test_kills_change_nothing(pretrain, untouched, runs, places):
+def test_kills_change_nothing(pretrain, untouched, runs):
     """Kill -9 in a step, during a checkpoint, just after one: same losses, rows, weights, optimiser, bit for bit."""
     from faulty_worker import Kill, worker_with
 
-    folder = runs / f"killed_{places[0]}"
-    marks = runs / f"marks_{places[0]}"
+    folder, marks = runs / "killed", runs / "marks"
     marks.mkdir()
-    every = [Kill("step", rank=1, count=9), Kill("write", rank=0, count=1), Kill("after_save", rank=1, count=1)]
-    kills = [kill for kill in every if kill.place in places]
+    kills = [Kill("step", rank=1, count=9), Kill("write", rank=0, count=1), Kill("after_save", rank=1, count=1)]
     assert pretrain(folder, worker=worker_with(kills, marks), max_failures=5) is not None
-    assert len(list(marks.iterdir())) == len(kills) == len(places), "every kill happened"
-    assert len([note for note in notes_of(folder) if "failed: " in note]) >= len(kills), "and was noted with its reason"
+    assert len(list(marks.iterdir())) == 3, "every kill happened"
+    assert len([note for note in notes_of(folder) if "failed: " in note]) >= 3, "and was noted with its reason"
     assert_same_run(folder, untouched, 18)
 
 
@@ -237,7 +234,7 @@ def test_divergence_names_step_and_checkpoint(pretrain, runs):
 
 
 def command(run_dir):
-    flags = "--depth 2 --head-dim 16 --n-embd 32 --window-pattern L --num-steps 300 --global-batch-tokens 512"
+    flags = "--depth 2 --head-dim 16 --n-embd 32 --window-pattern L --num-steps 200 --global-batch-tokens 512"
     more = "--dtype float32 --compile off --evaluate-every 0 --sample-every 0 --checkpoint-every 100 --log-every 10"
     return [sys.executable, str(ROOT / "ray_jobs/pretrain.py"), "--run-dir", str(run_dir), "--cpus-per-worker", "0.5",
             *flags.split(), *more.split()]  # fmt: skip
@@ -250,8 +247,7 @@ def wait_for(condition, seconds):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_interrupt_checkpoints_and_the_same_command_resumes(tiny_run, tmp_path, is_killed):
+def test_interrupt_checkpoints_and_the_same_command_resumes(tiny_run, tmp_path):
     """Ctrl-C leaves with a checkpoint; a killed driver too is no loss; the terminal stays quiet."""
     run_dir = tmp_path / "run"
     shutil.copytree(tiny_run, run_dir)
@@ -268,19 +264,18 @@ def test_interrupt_checkpoints_and_the_same_command_resumes(tiny_run, tmp_path, 
     assert "run the same command to go on" in said
     assert len(said.splitlines()) < 12, said
     stopped_at = max(int(name.name[5:]) for name in (run_dir / "pretrain" / "checkpoints").iterdir())
-    assert 0 < stopped_at < 300
+    assert 0 < stopped_at < 200
 
-    if is_killed:
-        second = subprocess.Popen(command(run_dir), stderr=subprocess.PIPE, text=True, start_new_session=True)
-        before = steps()
-        wait_for(lambda: steps() > before + 1 or second.poll() is not None, 90)
-        second.send_signal(signal.SIGKILL)
-        second.communicate(timeout=60)
-        assert second.returncode == -9
+    second = subprocess.Popen(command(run_dir), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    before = steps()
+    wait_for(lambda: steps() > before + 1 or second.poll() is not None, 90)
+    second.send_signal(signal.SIGKILL)
+    second.communicate(timeout=60)
+    assert second.returncode == -9
 
     last = subprocess.run(command(run_dir), stderr=subprocess.PIPE, text=True, timeout=120)
     assert last.returncode == 0, last.stderr
-    assert sorted(losses(run_dir / "pretrain")) == [*range(0, 300, 10), 299]
+    assert sorted(losses(run_dir / "pretrain")) == [*range(0, 200, 10), 199]
     notes = notes_of(run_dir / "pretrain")
     assert notes[1] == f"a worker group starts at step {stopped_at}"
     assert json.loads((run_dir / "pretrain" / "config.json").read_text())["identity"]["pretrain.depth"] == 2

@@ -225,7 +225,7 @@ def commanded(tiny, run_dir, num_steps):
 @pytest.mark.parametrize(
     ("kills", "num_steps"),
     [
-        pytest.param(2, 120, marks=pytest.mark.slow),
+        pytest.param(2, 60, marks=pytest.mark.slow),
         pytest.param(20, 900, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
     ],
 )
