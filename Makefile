@@ -15,7 +15,7 @@ vllm_pip = $(VLLM_VENV)/bin/pip --disable-pip-version-check install -qq $(index)
 two := -n 2 --dist loadfile
 index := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test test-unit test-all test-vllm soak vllm audit lint format lock clean
+.PHONY: help demo test test-unit test-all test-long test-vllm soak vllm audit lint format lock clean
 
 help:
 	@echo "make demo      train a tokenizer, a base model and a chat model here, let it practise, show and serve it"
@@ -24,7 +24,7 @@ help:
 	@echo "               DEMO_FLAGS='--corpus.corpus PATH'  use other text; see ray_jobs/speedrun.py demo --help"
 	@echo "make test      lint, types, unit tests, and one real-Ray test per promise"
 	@echo "               make test-unit PYTHON=python3.12 VENV=.venv312  with another Python, beside .venv"
-	@echo "make test-all  everything that runs by itself; make soak: the long fault tests"
+	@echo "make test-all  what takes longer; make test-long: some minutes each; make soak: hours, by hand"
 	@echo "make vllm      vLLM for CPUs in .venv-vllm, for backend=vllm; make test-vllm: the tests that need it"
 	@echo "               TORCH_INDEX=https://download.pytorch.org/whl/cpu  has the build of torch that it asks for"
 	@echo "make audit     known vulnerabilities of the releases in constraints.txt and constraints-vllm.txt"
@@ -35,7 +35,7 @@ demo: $(VENV)/installed
 	@$(bin)/python ray_jobs/speedrun.py demo --run-dir $(RUN_DIR) $(DEMO_FLAGS)
 
 test: lint test-unit
-	@$(bin)/python -m pytest tests/integration tests/e2e -m "not slow and not soak and not gpu"
+	@$(bin)/python -m pytest tests/integration tests/e2e -m "not slow and not long and not soak and not gpu"
 
 test-unit: $(VENV)/installed-dev
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests/unit -m "not slow" -n logical --maxprocesses 8 --dist loadfile
@@ -60,6 +60,9 @@ test-vllm: $(VLLM_VENV)/installed-dev
 	  -k "actors_sample or actor_that_is_killed" --timeout 300
 
 vllm: $(VLLM_VENV)/installed
+
+test-long: $(VENV)/installed-dev
+	@$(bin)/python -m pytest tests/chaos tests/integration tests/e2e -m long
 
 soak: $(VENV)/installed-dev
 	@$(bin)/python -m pytest tests -m soak --timeout 7200

@@ -11,7 +11,7 @@ from simulated_cluster import SimulatedCluster
 from nanochat import storage
 from nanochat.training.checkpoint import steps_found
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 STEPS = 240
 ROWS = 16
@@ -79,6 +79,7 @@ def notes(folder: Path) -> list[str]:
     return [record["note"] for record in storage.read_jsonl(str(folder / "notes.jsonl"))]
 
 
+@pytest.mark.slow
 def test_two_workers_one_two_again(cluster: SimulatedCluster, prepared: Path, calm: Path, tmp_path: Path):
     """A node dies: one worker goes on; another node comes: two again. Same rows of each step, losses within 1e-5."""
     run = tmp_path / "run"
@@ -103,6 +104,7 @@ def test_two_workers_one_two_again(cluster: SimulatedCluster, prepared: Path, ca
     assert max(abs(got[step] - expected[step]) for step in got) < 1e-5
 
 
+@pytest.mark.long
 def test_a_drained_node_costs_little(cluster: SimulatedCluster, prepared: Path, calm: Path, tmp_path: Path):
     """Half a minute's notice: checkpoints are written just in time, so little is done again; the losses are equal."""
     run = tmp_path / "run"

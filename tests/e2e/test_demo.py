@@ -72,7 +72,8 @@ def losses_and_scores(run_dir: Path) -> tuple[list[dict], list[float]]:
     return [record for record in records if "loss" in record], [r["val_bpb"] for r in records if "val_bpb" in r]
 
 
-def test_the_demo_trains_shows_and_resumes(text, tmp_path):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_the_demo_trains_shows_and_resumes(text, tmp_path, compiled):
     """The first command of the README; the same again finds everything done and trains no step twice."""
     run_dir = tmp_path / "demo"
     flags = (
@@ -80,7 +81,7 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path):
         "--sft.num-steps", 2, "--rl.num-steps", 1, "--rl.held-out-problems", 8, "--score-base.max-per-task", 8,
         "--score-chat.max-per-task", 8, "--price", "node=0.36",
     )  # fmt: skip
-    said = command("speedrun", *flags, timeout_s=400, compiled=True)
+    said = command("speedrun", *flags, timeout_s=400, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     losses, scores = losses_and_scores(run_dir)
     assert [record["step"] for record in losses] == [0, 3]
@@ -118,7 +119,7 @@ def test_the_demo_trains_shows_and_resumes(text, tmp_path):
     written = weights.stat().st_mtime_ns
 
     account = usage_of(run_dir, said)
-    said = command("speedrun", *flags, timeout_s=280, compiled=True)
+    said = command("speedrun", *flags, timeout_s=280, compiled=compiled)
     assert_quiet(said, [text.parent, run_dir])
     again, scores_again = losses_and_scores(run_dir)
     assert again == losses, "a step was trained again"

@@ -17,7 +17,7 @@ from nanochat.storage import RunFolder
 from nanochat.training.checkpoint import Checkpoint, newest_of
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def speedrun(run_dir: str, *flags: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_whole_line_lives_in_a_bucket(store, tiny_run):
     """From text in the bucket to an answer of the endpoint; the same command again trains nothing."""
     for path in tiny_run.parent.glob("text_*.jsonl"):
@@ -80,6 +81,7 @@ def test_the_whole_line_lives_in_a_bucket(store, tiny_run):
     assert storage.read_jsonl(folder.usage) == account, "no stage started a Ray"
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_refused_not_created(store):
     arguments = [sys.executable, "ray_jobs/speedrun.py", "demo", "--run-dir", "s3://nowhere/run"]
     done = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, timeout=120, cwd=ROOT, check=False)
@@ -88,6 +90,7 @@ def test_a_bucket_that_is_not_there_is_refused_not_created(store):
     assert not fsspec.filesystem("s3").exists("nowhere")
 
 
+@pytest.mark.long
 def test_a_slow_and_failing_store_and_kills_change_nothing(store, ray_session, tiny_run, tmp_path):
     """One request in twenty is refused, each waits 20 ms, a worker dies in a step and one during a checkpoint."""
     from dataclasses import replace

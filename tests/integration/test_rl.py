@@ -181,7 +181,7 @@ def test_groups_that_are_all_alike_train_nothing_and_end(tiny, tmp_path):
         assert torch.equal(tensor, weights[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_measures_both_ways_and_what_is_learned(tiny, tmp_path, monkeypatch):
     """On a model that is never right: what is measured is there, not how much it is."""
     root = tmp_path / "run"
@@ -225,7 +225,7 @@ def commanded(tiny, run_dir, num_steps):
 @pytest.mark.parametrize(
     ("kills", "num_steps"),
     [
-        pytest.param(2, 60, marks=pytest.mark.slow),
+        pytest.param(2, 60, marks=pytest.mark.long),
         pytest.param(20, 900, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
     ],
 )
