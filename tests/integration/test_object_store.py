@@ -54,7 +54,7 @@ def speedrun(run_dir: str, *flags: object) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_line_lives_in_a_bucket(store, tiny_run):
     """From text in the bucket to an answer of the endpoint; the same command again trains nothing."""
     for path in tiny_run.parent.glob("text_*.jsonl"):
